@@ -1,0 +1,244 @@
+"""The public functions: `moe_mlp`, the whole expert layer behind any router, and the building blocks it is made of.
+
+Everything is checked here, before anything is launched; a bad argument raises a ValueError that names it. A building
+block runs where its `routing` was made: with the kernels if `route` ran on them, in plain PyTorch otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from triton_moe import torch_backend
+from triton_moe.activations import is_gated
+from triton_moe.layout import ExpertLayout, Routing
+
+BACKENDS = ("auto", "triton", "torch")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MIN_CAPABILITY = (8, 0)
+
+
+def _check(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_matrix(tensor: Tensor, argument: str, shape: tuple[int, int], like: Tensor) -> None:
+    _check(isinstance(tensor, Tensor), argument, "a tensor", type(tensor).__name__)
+    if tensor.shape != shape:
+        raise ValueError(f"{argument}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(f"{argument}: expected {like.dtype} on {like.device} as x, got {tensor.dtype} on {tensor.device}")
+
+
+def _check_weights(
+    w1: Tensor, w2: Tensor | None, w3: Tensor | None, like: Tensor, hidden_size: int, layout: ExpertLayout, gated: bool
+) -> None:
+    shape = (hidden_size, layout.total_width)
+    _check_matrix(w1, "w1", shape, like)
+    if w2 is not None:
+        _check_matrix(w2, "w2", shape[::-1], like)
+    if gated:
+        _check(w3 is not None, "w3", "the up weights of a gated activation", None)
+        _check_matrix(w3, "w3", shape, like)  # type: ignore[arg-type]
+    else:
+        _check(w3 is None, "w3", "None with an activation that is not gated", "a tensor")
+
+
+def _check_ids(topk_ids: Tensor, layout: ExpertLayout) -> None:
+    _check(isinstance(topk_ids, Tensor), "topk_ids", "a tensor", type(topk_ids).__name__)
+    _check(topk_ids.dim() == 2, "topk_ids", "shape (T, K)", tuple(topk_ids.shape))
+    _check(topk_ids.dtype in (torch.int32, torch.int64), "topk_ids", "int32 or int64", topk_ids.dtype)
+    _check(1 <= topk_ids.shape[1] <= layout.num_experts, "topk_ids", f"1 <= K <= E = {layout.num_experts}",
+           f"K = {topk_ids.shape[1]}")  # fmt: skip
+    _check(topk_ids.numel() < 2**31, "topk_ids", "fewer than 2**31 slots", topk_ids.numel())
+    if os.environ.get("TRITON_MOE_CHECK_IDS") == "1":
+        wrong = topk_ids[(topk_ids < 0) | (topk_ids > layout.num_experts)].unique().tolist()
+        _check(not wrong, "topk_ids", f"0 <= id <= E = {layout.num_experts}", wrong[:16])
+
+
+def _check_topk_weights(topk_weights: Tensor, topk_ids: Tensor, like: Tensor) -> None:
+    _check(isinstance(topk_weights, Tensor), "topk_weights", "a tensor", type(topk_weights).__name__)
+    _check(topk_weights.shape == topk_ids.shape, "topk_weights", f"shape {tuple(topk_ids.shape)} as topk_ids",
+           tuple(topk_weights.shape))  # fmt: skip
+    _check(topk_weights.dtype in (torch.float32, like.dtype), "topk_weights", f"float32 or {like.dtype}", topk_weights.dtype)
+    _check(topk_weights.device == like.device, "topk_weights", f"a tensor on {like.device}", topk_weights.device)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+def _runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str) -> bool:
+    """Whether the Triton kernels run a call. Raises ValueError if they were asked for and cannot."""
+    _check(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    if backend == "torch":
+        return False
+    if device.type == "cuda" and torch.version.hip is None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        capable = _capability(index) >= _MIN_CAPABILITY
+    else:
+        capable = device.type == "cpu" and backend == "triton" and _interpreting()
+    capable = capable and importlib.util.find_spec("triton") is not None if backend == "auto" else capable
+    supported = dtype is None or dtype in _KERNEL_DTYPES
+    if backend == "triton":
+        _check(capable, "backend", "CUDA tensors, compute capability 8.0 or later, for 'triton'", f"tensors on {device}")
+        _check(supported, "x", "float32, bfloat16 or float16 for backend 'triton'", dtype)
+    return capable and supported
+
+
+def moe_mlp(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor | None = None,
+    *,
+    layout: ExpertLayout,
+    activation: str = "relu_squared",
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    b3: Tensor | None = None,
+    backend: str = "auto",
+    activation_memory: str = "bounded",
+    recompute: bool = False,
+) -> Tensor:
+    """Mixture of experts of any width: `out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](x[t])`.
+
+    Expert e is `act(x w1_e) w2_e`, or `(act(x w1_e) * (x w3_e)) w2_e` for a gated activation, with `w1_e` its columns of
+    the packed weights (`layout.columns(e)`).
+
+    Args:
+        x: `(T, H)` or `(..., H)` of any strides; float32, bfloat16 or float16 (any float dtype in plain PyTorch).
+        topk_weights: `(T, K)`, float32 or x's dtype; its gradient has its own dtype.
+        topk_ids: `(T, K)` int32 or int64. An id may repeat within a token. Id E means "no expert": the slot adds nothing;
+            so does any other id out of range, which raises if the environment has TRITON_MOE_CHECK_IDS=1.
+        w1, w3: `(H, S)`, x's dtype, either orientation in memory. w3 only with a gated activation; w1 is the gate.
+        w2: `(S, H)`, likewise.
+        layout: the experts' widths and offsets.
+        activation: one of `triton_moe.activations.ACTIVATIONS`.
+        backend: "triton" (CUDA, compute capability 8.0 or later), "torch" (any device), or "auto": the first that can.
+        b1, b2, b3, activation_memory, recompute: reserved; anything but the default raises.
+
+    Returns:
+        x's shape and dtype. Differentiable in x, topk_weights, w1, w2 and w3; the same inputs give the same bits. On CUDA
+        nothing is read back to the host.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or value.
+    """
+    for name, value, default in (
+        ("b1", b1, None), ("b2", b2, None), ("b3", b3, None),
+        ("activation_memory", activation_memory, "bounded"), ("recompute", recompute, False),
+    ):  # fmt: skip
+        if value is not default and value != default:
+            raise ValueError(f"{name}: expected {default!r}, the only value supported so far, got {type(value).__name__}")
+    _check(isinstance(layout, ExpertLayout), "layout", "an ExpertLayout", type(layout).__name__)
+    gated = is_gated(activation)
+    _check(isinstance(x, Tensor), "x", "a tensor", type(x).__name__)
+    _check(x.is_floating_point() and x.dim() >= 1, "x", "a float tensor (..., H)", f"{x.dtype} of {x.dim()} dimensions")
+    hidden_size = x.shape[-1]
+    _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
+    _check_ids(topk_ids, layout)
+    _check(topk_ids.device == x.device, "topk_ids", f"a tensor on {x.device}", topk_ids.device)
+    _check_topk_weights(topk_weights, topk_ids, x)
+    num_tokens = x.shape[:-1].numel()
+    _check(topk_ids.shape[0] == num_tokens, "topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
+
+    tokens = x if x.dim() == 2 else x.reshape(num_tokens, hidden_size)
+    if _runs_kernels(x.device, x.dtype, backend):
+        from triton_moe.ops.moe_mlp import moe_mlp as run
+    else:
+        run = torch_backend.moe_mlp
+    out = run(tokens, topk_weights, topk_ids, w1, w2, w3, layout=layout, activation=activation)
+    return out if x.dim() == 2 else out.view(x.shape)
+
+
+def route(topk_ids: Tensor, layout: ExpertLayout, *, backend: str = "auto") -> Routing:
+    """Sort the slots of `topk_ids (T, K)` by expert. Building blocks that get the result run on `backend`.
+
+    Raises ValueError on ids that are not `(T, K)` integers with 1 <= K <= E, or a backend that cannot run there.
+    """
+    _check(isinstance(layout, ExpertLayout), "layout", "an ExpertLayout", type(layout).__name__)
+    _check_ids(topk_ids, layout)
+    if _runs_kernels(topk_ids.device, None, backend):
+        from triton_moe.kernels.route import route as run
+    else:
+        run = torch_backend.route
+    return run(topk_ids, layout)
+
+
+def _implementation(routing: Routing, tensor: Tensor, argument: str):
+    """The module whose building blocks run with this routing."""
+    _check(isinstance(routing, Routing), "routing", "a Routing", type(routing).__name__)
+    _check(isinstance(tensor, Tensor), argument, "a tensor", type(tensor).__name__)
+    _check(tensor.device == routing.row_to_slot.device, argument, f"a tensor on {routing.row_to_slot.device} as routing",
+           tensor.device)  # fmt: skip
+    if not routing.block_m:
+        return torch_backend
+    _check(tensor.dtype in _KERNEL_DTYPES, argument, "float32, bfloat16 or float16", tensor.dtype)
+    from triton_moe.ops import building_blocks
+
+    return building_blocks
+
+
+def gather_autograd(x: Tensor, *, routing: Routing) -> Tensor:
+    """`x (T, H)` -> `(R, H)`: each slot's token, rows in expert order, zeros past the last row. Differentiable in x."""
+    run = _implementation(routing, x, "x")
+    _check(x.dim() == 2 and x.shape[0] == routing.num_tokens, "x", f"shape ({routing.num_tokens}, H)", tuple(x.shape))
+    return run.gather(x, routing=routing)
+
+
+def scatter_autograd(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
+    """`out[t] = sum_k topk_weights[t, k] * y[slot_to_row[t, k]]`: `(R, H)` -> `(T, H)`, summed in fp32.
+
+    Differentiable in y and topk_weights `(T, K)`, which is float32 or has y's dtype.
+    """
+    run = _implementation(routing, y, "y")
+    _check(y.dim() == 2 and y.shape[0] == routing.num_rows, "y", f"shape ({routing.num_rows}, H)", tuple(y.shape))
+    _check_topk_weights(topk_weights, routing.topk_ids, y)
+    return run.scatter(y, topk_weights, routing=routing)
+
+
+def grouped_gemm_up_autograd(
+    x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing, activation: str = "relu_squared"
+) -> Tensor:
+    """`act(x w1_e)`, gated `act(x w1_e) * (x w3_e)`, for every routed row of `x (T, H)`.
+
+    Returns the flat ragged buffer (see `Routing`) of activations, not weighted; zeros between the blocks. x is gathered
+    inside the kernel's loads. Differentiable in x, w1 and w3 `(H, S)`.
+    """
+    run = _implementation(routing, x, "x")
+    gated = is_gated(activation)
+    _check(x.dim() == 2 and x.shape[0] == routing.num_tokens, "x", f"shape ({routing.num_tokens}, H)", tuple(x.shape))
+    _check_weights(w1, None, w3, x, x.shape[1], routing.layout, gated)
+    return run.grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
+
+
+def grouped_gemm_down_autograd(x_up: Tensor, w2: Tensor, *, routing: Routing) -> Tensor:
+    """`x_up_e w2_e`: the flat ragged buffer of activations -> `(R, H)`, rows in expert order, zeros past the last row.
+
+    Differentiable in x_up and w2 `(S, H)`.
+    """
+    run = _implementation(routing, x_up, "x_up")
+    size = routing.ragged_numel()
+    _check(x_up.shape == (size,), "x_up", f"a ragged buffer of shape ({size},)", tuple(x_up.shape))
+    _check(isinstance(w2, Tensor) and w2.dim() == 2, "w2", "a tensor (S, H)", getattr(w2, "shape", type(w2).__name__))
+    _check_matrix(w2, "w2", (routing.layout.total_width, w2.shape[1]), x_up)
+    return run.grouped_gemm_down(x_up, w2, routing=routing)
+
+
+gather = torch.no_grad()(gather_autograd)
+scatter = torch.no_grad()(scatter_autograd)
+grouped_gemm_up = torch.no_grad()(grouped_gemm_up_autograd)
+grouped_gemm_down = torch.no_grad()(grouped_gemm_down_autograd)

@@ -1,0 +1,177 @@
+"""Where everything is: experts in the packed weights, routed rows in expert order, activations in the ragged buffer.
+
+Letters: `T` tokens, `H` hidden size, `E` experts, `K` experts per token, `R = T*K` slots, `I_e` width of expert e,
+`S = sum(I_e)`, `n_e` rows routed to expert e. A *slot* is one (token, k) pair, numbered `t*K + k`; a *row* is a slot's
+place once the slots are sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from operator import index
+
+from torch import Tensor
+
+RAGGED_ALIGNMENT = 64
+"""Elements to which the start of each expert's block in a ragged buffer is rounded up."""
+
+
+def _as_int(value: object, argument: str) -> int:
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{argument}: expected an integer, got {value!r}") from None
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The static, host-side half: how wide each expert is and where its columns stand in the packed weights.
+
+    Expert e owns columns `offsets[e] : offsets[e] + widths[e]` of w1 and w3 `(H, S)` and the same rows of w2 `(S, H)`.
+    Widths need not be multiples of anything; an expert of width 0 is a null expert: it can be chosen, and does nothing.
+
+    >>> layout = ExpertLayout.from_sizes([(2, 512), (1, 100), (1, 0)])
+    >>> layout.widths, layout.offsets, layout.total_width
+    ((512, 512, 100, 0), (0, 512, 1024, 1124), 1124)
+    >>> layout.width_classes
+    {512: (0, 1), 100: (2,), 0: (3,)}
+    """
+
+    widths: tuple[int, ...]
+    offsets: tuple[int, ...] = field(init=False, compare=False)
+    total_width: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.widths, (str, bytes)) or not isinstance(self.widths, Iterable):
+            raise ValueError(f"widths: expected a sequence of integers, got {self.widths!r}")
+        widths = tuple(_as_int(width, f"widths[{e}]") for e, width in enumerate(self.widths))
+        if not widths:
+            raise ValueError("widths: expected at least one expert, got none")
+        for e, width in enumerate(widths):
+            if width < 0:
+                raise ValueError(f"widths[{e}]: expected 0 or more, got {width}")
+        if not any(widths):
+            raise ValueError(f"widths: expected at least one expert wider than 0, got {len(widths)} of width 0")
+        *offsets, total = accumulate(widths, initial=0)
+        object.__setattr__(self, "widths", widths)
+        object.__setattr__(self, "offsets", tuple(offsets))
+        object.__setattr__(self, "total_width", total)
+
+    @classmethod
+    def from_widths(cls, widths: Iterable[int]) -> ExpertLayout:
+        """One width per expert. Raises ValueError if there is none, one is negative, or all are 0."""
+        return cls(widths)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_sizes(cls, expert_sizes: Iterable[Sequence[int]]) -> ExpertLayout:
+        """`[(count, width), ...]`, experts in that order. Raises ValueError on a negative count or width, or no expert."""
+        if isinstance(expert_sizes, (str, bytes)) or not isinstance(expert_sizes, Iterable):
+            raise ValueError(f"expert_sizes: expected a sequence of (count, width) pairs, got {expert_sizes!r}")
+        widths: list[int] = []
+        for i, pair in enumerate(expert_sizes):
+            try:
+                count, width = pair
+            except (TypeError, ValueError):
+                raise ValueError(f"expert_sizes[{i}]: expected a (count, width) pair, got {pair!r}") from None
+            count = _as_int(count, f"expert_sizes[{i}] count")
+            width = _as_int(width, f"expert_sizes[{i}] width")
+            if count < 0 or width < 0:
+                raise ValueError(f"expert_sizes[{i}]: expected count and width of 0 or more, got {(count, width)}")
+            widths += [width] * count
+        if not widths:
+            raise ValueError("expert_sizes: expected at least one expert, got none")
+        if not any(widths):
+            raise ValueError(f"expert_sizes: expected an expert wider than 0, got {len(widths)} of width 0")
+        return cls(tuple(widths))
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.widths)
+
+    @cached_property
+    def max_width(self) -> int:
+        return max(self.widths)
+
+    @cached_property
+    def width_classes(self) -> dict[int, tuple[int, ...]]:
+        """Width -> the experts that have it, in order of first appearance."""
+        classes: dict[int, tuple[int, ...]] = {}
+        for e, width in enumerate(self.widths):
+            classes[width] = (*classes.get(width, ()), e)
+        return classes
+
+    def columns(self, expert: int) -> slice:
+        """The expert's columns in w1 and w3, its rows in w2."""
+        return slice(self.offsets[expert], self.offsets[expert] + self.widths[expert])
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The device-side half: which slot went where. All tensors are int32 unless said, and none is read by the host.
+
+    Two tokens with K = 2 and three experts of widths 3, 2 and 0 (a null expert); id 3 = E drops its slot:
+
+        topk_ids      [[1, 0],      slots 0 and 1
+                       [2, 1]]      slots 2 and 3
+        counts          [1, 2, 1]        how often each expert was chosen, null experts too
+        row_offsets     [0, 1, 3, 3]     expert e owns rows row_offsets[e] : row_offsets[e+1]; a null expert owns none
+        row_to_slot     [1, 0, 3, -1]    stable by expert; -1 past the last row
+        slot_to_row     [[1, 0], [-1, 2]]    its inverse; -1 where the slot has no row
+        ragged_offsets  [0, 64, 128, 128]    start of expert e's dense (n_e, I_e) block, rounded up to 64 elements
+
+    In a *ragged buffer* of `parts` values per activation (2 for the gate and up halves of a gated pre-activation) expert
+    e's block is a dense `(n_e, parts * I_e)` matrix that starts at element `parts * ragged_offsets[e]`. What lies between
+    the blocks is unspecified.
+
+    The kernels' tile schedule, made with the rest (empty when the routing was made without kernels):
+
+        row_blocks      (B, 2)  (expert, i) for rows i*block_m ... of that expert, widest experts first, then (-1, -1)
+        expert_order    (E)     experts by row count, largest first
+    """
+
+    layout: ExpertLayout
+    topk_ids: Tensor
+    """(T, K), as given."""
+    counts: Tensor
+    """(E)"""
+    row_offsets: Tensor
+    """(E + 1)"""
+    ragged_offsets: Tensor
+    """(E + 1) int64"""
+    row_to_slot: Tensor
+    """(R)"""
+    slot_to_row: Tensor
+    """(T, K)"""
+    row_blocks: Tensor
+    """(B, 2)"""
+    expert_order: Tensor
+    """(E)"""
+    block_m: int
+    """Rows of a row block; 0 without a tile schedule."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.topk_ids.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """R, the host's bound on the number of rows."""
+        return self.topk_ids.numel()
+
+    def ragged_numel(self, parts: int = 1) -> int:
+        """Elements of a ragged buffer, from what the host knows: `R * max width` and the rounding of each start."""
+        return parts * (self.num_rows * self.layout.max_width + RAGGED_ALIGNMENT * self.layout.num_experts)
+
+    def ragged_block(self, buffer: Tensor, expert: int, parts: int = 1) -> Tensor:
+        """Expert's `(n_e, parts * I_e)` view of a ragged buffer. Reads two numbers back from the device."""
+        first, last = self.row_offsets[expert : expert + 2].tolist()
+        start = parts * int(self.ragged_offsets[expert])
+        rows, columns = last - first, parts * self.layout.widths[expert]
+        return buffer[start : start + rows * columns].view(rows, columns)

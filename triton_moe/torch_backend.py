@@ -1,0 +1,127 @@
+"""Plain PyTorch twins of the kernels, for CPU tensors and for devices without Triton.
+
+Same names and arguments as the kernels' operators, differentiable by autograd. Their number of launches grows with the
+number of experts and they read the row counts back to the host; the oracle is `reference.py`, not this.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_moe.activations import GATE_ACTIVATION
+from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
+
+_ACTIVATION = {
+    "relu_squared": lambda z: F.relu(z).square(),
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "none": lambda z: z,
+}
+
+
+def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
+    """`topk_ids (T, K)` int32 or int64 -> a `Routing` without a tile schedule."""
+    num_experts, ids = layout.num_experts, topk_ids.reshape(-1).long()
+    widths = torch.tensor(layout.widths, device=ids.device)
+    ids = torch.where((ids < 0) | (ids > num_experts), num_experts, ids)
+    chosen = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
+    counts = chosen.scatter_add_(0, ids, torch.ones_like(ids))[:num_experts]
+    rows = counts * (widths > 0)
+    owner = torch.where(F.pad(widths, (0, 1))[ids] > 0, ids, num_experts)
+    owner, row_to_slot = owner.sort(stable=True)
+    row = torch.arange(ids.numel(), device=ids.device)
+    slot_to_row = torch.empty_like(row).scatter_(0, row_to_slot, torch.where(owner < num_experts, row, -1))
+    blocks = (rows * widths + RAGGED_ALIGNMENT - 1) // RAGGED_ALIGNMENT * RAGGED_ALIGNMENT
+    return Routing(
+        layout=layout,
+        topk_ids=topk_ids,
+        counts=counts.int(),
+        row_offsets=F.pad(rows.cumsum(0), (1, 0)).int(),
+        ragged_offsets=F.pad(blocks.cumsum(0), (1, 0)),
+        row_to_slot=torch.where(owner < num_experts, row_to_slot, -1).int(),
+        slot_to_row=slot_to_row.view(topk_ids.shape).int(),
+        row_blocks=torch.empty(0, 2, dtype=torch.int32, device=ids.device),
+        expert_order=rows.argsort(stable=True, descending=True).int(),
+        block_m=0,
+    )
+
+
+def gather(x: Tensor, *, routing: Routing) -> Tensor:
+    """`x (T, H)` -> `(R, H)`, rows in expert order, zeros past the last row."""
+    slot = routing.row_to_slot[:, None].long()
+    rows = x[slot[:, 0].clamp_min(0) // max(routing.top_k, 1)] if x.shape[0] else x.new_zeros(routing.num_rows, x.shape[1])
+    return rows.masked_fill(slot < 0, 0)
+
+
+def _rows_per_expert(routing: Routing) -> list[int]:
+    """Sizes that split a `(R, ...)` tensor by expert; the last one is the rows past the end."""
+    sizes = routing.row_offsets.diff().tolist()
+    return [*sizes, routing.num_rows - sum(sizes)]
+
+
+def _pack(blocks: list[Tensor], routing: Routing) -> Tensor:
+    """Dense blocks, one an expert -> a ragged buffer, zeros between the blocks."""
+    padded = [F.pad(block.reshape(-1), (0, -block.numel() % RAGGED_ALIGNMENT)) for block in blocks]
+    tail = routing.ragged_numel() - sum(block.numel() for block in padded)
+    return torch.cat([*padded, padded[0].new_zeros(tail)])
+
+
+def _unpack(buffer: Tensor, routing: Routing, sizes: list[int]) -> list[Tensor]:
+    """A ragged buffer -> its dense `(n_e, I_e)` blocks."""
+    shapes = [(rows, width) for rows, width in zip(sizes, routing.layout.widths, strict=False)]
+    numels = [-(-rows * width // RAGGED_ALIGNMENT) * RAGGED_ALIGNMENT for rows, width in shapes]
+    pieces = buffer.split([*numels, buffer.numel() - sum(numels)])
+    return [piece[: rows * width].view(rows, width) for piece, (rows, width) in zip(pieces, shapes, strict=False)]
+
+
+def grouped_gemm_up(
+    x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing, activation: str = "relu_squared"
+) -> Tensor:
+    """`act(x w1_e)`, gated `act(x w1_e) * (x w3_e)`, of the rows of each expert, as a ragged buffer."""
+    act = _ACTIVATION[GATE_ACTIVATION.get(activation, activation)]
+    widths = list(routing.layout.widths)
+    rows = gather(x, routing=routing).split(_rows_per_expert(routing))
+    blocks = [act(x_e @ w1_e) for x_e, w1_e in zip(rows, w1.split(widths, dim=1), strict=False)]
+    if w3 is not None:
+        ups = (x_e @ w3_e for x_e, w3_e in zip(rows, w3.split(widths, dim=1), strict=False))
+        blocks = [gate * up for gate, up in zip(blocks, ups, strict=True)]
+    return _pack(blocks, routing)
+
+
+def grouped_gemm_down(x_up: Tensor, w2: Tensor, *, routing: Routing) -> Tensor:
+    """`x_up_e w2_e` of the ragged buffer's blocks -> `(R, H)`, zeros past the last row."""
+    sizes = _rows_per_expert(routing)
+    blocks = _unpack(x_up, routing, sizes)
+    rows = [a @ w2_e for a, w2_e in zip(blocks, w2.split(list(routing.layout.widths)), strict=True)]
+    return torch.cat([*rows, x_up.new_zeros(sizes[-1], w2.shape[1])])
+
+
+def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
+    """`out[t] = sum_k topk_weights[t, k] * y[slot_to_row[t, k]]`, summed in fp32 or wider: `(R, H)` -> `(T, H)`."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    row = routing.slot_to_row.long()
+    chosen = y[row.clamp_min(0)] if y.shape[0] else y.new_zeros(*row.shape, y.shape[1])
+    chosen = chosen.masked_fill((row < 0)[..., None], 0)
+    weights = topk_weights.masked_fill(row < 0, 0)
+    return torch.einsum("tk,tkh->th", weights.to(wide), chosen.to(wide)).to(y.dtype)
+
+
+def moe_mlp(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor | None = None,
+    *,
+    layout: ExpertLayout,
+    activation: str = "relu_squared",
+) -> Tensor:
+    """The whole layer on `x (T, H)`: route, up, down, scatter."""
+    routing = route(topk_ids, layout)
+    x_up = grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
+    return scatter(grouped_gemm_down(x_up, w2, routing=routing), topk_weights, routing=routing)
