@@ -2,5 +2,6 @@
 
 from triton_moe.functional import moe_mlp
 from triton_moe.layout import ExpertLayout, Routing
+from triton_moe.moe import MoEConfig, MoEMLP
 
-__all__ = ["ExpertLayout", "Routing", "moe_mlp"]
+__all__ = ["ExpertLayout", "MoEConfig", "MoEMLP", "Routing", "moe_mlp"]

@@ -32,7 +32,9 @@ def _check_matrix(tensor: Tensor, argument: str, shape: tuple[int, int], like: T
     if tensor.shape != shape:
         raise ValueError(f"{argument}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype != like.dtype or tensor.device != like.device:
-        raise ValueError(f"{argument}: expected {like.dtype} on {like.device} as x, got {tensor.dtype} on {tensor.device}")
+        raise ValueError(
+            f"{argument}: expected {like.dtype} on {like.device} as x, got {tensor.dtype} on {tensor.device}"
+        )
 
 
 def _check_weights(
@@ -41,7 +43,7 @@ def _check_weights(
     shape = (hidden_size, layout.total_width)
     _check_matrix(w1, "w1", shape, like)
     if w2 is not None:
-        _check_matrix(w2, "w2", shape[::-1], like)
+        _check_matrix(w2, "w2", (layout.total_width, hidden_size), like)
     if gated:
         _check(w3 is not None, "w3", "the up weights of a gated activation", None)
         _check_matrix(w3, "w3", shape, like)  # type: ignore[arg-type]
@@ -65,35 +67,42 @@ def _check_topk_weights(topk_weights: Tensor, topk_ids: Tensor, like: Tensor) ->
     _check(isinstance(topk_weights, Tensor), "topk_weights", "a tensor", type(topk_weights).__name__)
     _check(topk_weights.shape == topk_ids.shape, "topk_weights", f"shape {tuple(topk_ids.shape)} as topk_ids",
            tuple(topk_weights.shape))  # fmt: skip
-    _check(topk_weights.dtype in (torch.float32, like.dtype), "topk_weights", f"float32 or {like.dtype}", topk_weights.dtype)
+    _check(
+        topk_weights.dtype in (torch.float32, like.dtype),
+        "topk_weights",
+        f"float32 or {like.dtype}",
+        topk_weights.dtype,
+    )
     _check(topk_weights.device == like.device, "topk_weights", f"a tensor on {like.device}", topk_weights.device)
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @functools.cache
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device: a CUDA one, or the CPU under Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str) -> bool:
     """Whether the Triton kernels run a call. Raises ValueError if they were asked for and cannot."""
     _check(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
-    if backend == "torch":
-        return False
-    if device.type == "cuda" and torch.version.hip is None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        capable = _capability(index) >= _MIN_CAPABILITY
-    else:
-        capable = device.type == "cpu" and backend == "triton" and _interpreting()
-    capable = capable and importlib.util.find_spec("triton") is not None if backend == "auto" else capable
     supported = dtype is None or dtype in _KERNEL_DTYPES
     if backend == "triton":
-        _check(capable, "backend", "CUDA tensors, compute capability 8.0 or later, for 'triton'", f"tensors on {device}")
+        expected = "CUDA tensors (compute capability 8.0 or later) for 'triton'"
+        _check(_has_kernels(device), "backend", expected, f"tensors on {device}")
         _check(supported, "x", "float32, bfloat16 or float16 for backend 'triton'", dtype)
-    return capable and supported
+        return True
+    return backend == "auto" and device.type == "cuda" and supported and _has_kernels(device)
+
+
+def _check_reserved(**options: tuple[object, object]) -> None:
+    """Each option's value and default: what is not supported yet must not be taken silently."""
+    for name, (value, default) in options.items():
+        got = repr(value) if isinstance(value, (str, bool)) else type(value).__name__
+        _check(value is default or value == default, name, f"{default!r}, all that is supported so far", got)
 
 
 def moe_mlp(
@@ -115,13 +124,14 @@ def moe_mlp(
 ) -> Tensor:
     """Mixture of experts of any width: `out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](x[t])`.
 
-    Expert e is `act(x w1_e) w2_e`, or `(act(x w1_e) * (x w3_e)) w2_e` for a gated activation, with `w1_e` its columns of
-    the packed weights (`layout.columns(e)`).
+    Expert e is `act(x w1_e) w2_e`, or `(act(x w1_e) * (x w3_e)) w2_e` for a gated activation, with `w1_e` its columns
+    of the packed weights (`layout.columns(e)`).
 
     Args:
         x: `(T, H)` or `(..., H)` of any strides; float32, bfloat16 or float16 (any float dtype in plain PyTorch).
         topk_weights: `(T, K)`, float32 or x's dtype; its gradient has its own dtype.
-        topk_ids: `(T, K)` int32 or int64. An id may repeat within a token. Id E means "no expert": the slot adds nothing;
+        topk_ids: `(T, K)` int32 or int64. An id may repeat within a token. Id E means "no expert": the slot adds
+        nothing;
             so does any other id out of range, which raises if the environment has TRITON_MOE_CHECK_IDS=1.
         w1, w3: `(H, S)`, x's dtype, either orientation in memory. w3 only with a gated activation; w1 is the gate.
         w2: `(S, H)`, likewise.
@@ -131,18 +141,14 @@ def moe_mlp(
         b1, b2, b3, activation_memory, recompute: reserved; anything but the default raises.
 
     Returns:
-        x's shape and dtype. Differentiable in x, topk_weights, w1, w2 and w3; the same inputs give the same bits. On CUDA
-        nothing is read back to the host.
+        x's shape and dtype. Differentiable in x, topk_weights, w1, w2 and w3; the same inputs give the same bits. On
+        CUDA nothing is read back to the host.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
     """
-    for name, value, default in (
-        ("b1", b1, None), ("b2", b2, None), ("b3", b3, None),
-        ("activation_memory", activation_memory, "bounded"), ("recompute", recompute, False),
-    ):  # fmt: skip
-        if value is not default and value != default:
-            raise ValueError(f"{name}: expected {default!r}, the only value supported so far, got {type(value).__name__}")
+    _check_reserved(b1=(b1, None), b2=(b2, None), b3=(b3, None))
+    _check_reserved(activation_memory=(activation_memory, "bounded"), recompute=(recompute, False))
     _check(isinstance(layout, ExpertLayout), "layout", "an ExpertLayout", type(layout).__name__)
     gated = is_gated(activation)
     _check(isinstance(x, Tensor), "x", "a tensor", type(x).__name__)
@@ -182,7 +188,8 @@ def _implementation(routing: Routing, tensor: Tensor, argument: str):
     """The module whose building blocks run with this routing."""
     _check(isinstance(routing, Routing), "routing", "a Routing", type(routing).__name__)
     _check(isinstance(tensor, Tensor), argument, "a tensor", type(tensor).__name__)
-    _check(tensor.device == routing.row_to_slot.device, argument, f"a tensor on {routing.row_to_slot.device} as routing",
+    _check(tensor.device == routing.row_to_slot.device, argument,
+    f"a tensor on {routing.row_to_slot.device} as routing",
            tensor.device)  # fmt: skip
     if not routing.block_m:
         return torch_backend

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 from operator import index
 
@@ -43,6 +42,7 @@ class ExpertLayout:
     widths: tuple[int, ...]
     offsets: tuple[int, ...] = field(init=False, compare=False)
     total_width: int = field(init=False, compare=False)
+    max_width: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.widths, (str, bytes)) or not isinstance(self.widths, Iterable):
@@ -59,6 +59,7 @@ class ExpertLayout:
         object.__setattr__(self, "widths", widths)
         object.__setattr__(self, "offsets", tuple(offsets))
         object.__setattr__(self, "total_width", total)
+        object.__setattr__(self, "max_width", max(widths))
 
     @classmethod
     def from_widths(cls, widths: Iterable[int]) -> ExpertLayout:
@@ -67,7 +68,7 @@ class ExpertLayout:
 
     @classmethod
     def from_sizes(cls, expert_sizes: Iterable[Sequence[int]]) -> ExpertLayout:
-        """`[(count, width), ...]`, experts in that order. Raises ValueError on a negative count or width, or no expert."""
+        """`[(count, width), ...]`, experts in that order. Raises ValueError on a negative number or no expert."""
         if isinstance(expert_sizes, (str, bytes)) or not isinstance(expert_sizes, Iterable):
             raise ValueError(f"expert_sizes: expected a sequence of (count, width) pairs, got {expert_sizes!r}")
         widths: list[int] = []
@@ -91,11 +92,7 @@ class ExpertLayout:
     def num_experts(self) -> int:
         return len(self.widths)
 
-    @cached_property
-    def max_width(self) -> int:
-        return max(self.widths)
-
-    @cached_property
+    @property
     def width_classes(self) -> dict[int, tuple[int, ...]]:
         """Width -> the experts that have it, in order of first appearance."""
         classes: dict[int, tuple[int, ...]] = {}
@@ -122,9 +119,9 @@ class Routing:
         slot_to_row     [[1, 0], [-1, 2]]    its inverse; -1 where the slot has no row
         ragged_offsets  [0, 64, 128, 128]    start of expert e's dense (n_e, I_e) block, rounded up to 64 elements
 
-    In a *ragged buffer* of `parts` values per activation (2 for the gate and up halves of a gated pre-activation) expert
-    e's block is a dense `(n_e, parts * I_e)` matrix that starts at element `parts * ragged_offsets[e]`. What lies between
-    the blocks is unspecified.
+    In a *ragged buffer* of `parts` values per activation (2 for the gate and up halves of a gated pre-activation)
+    expert e's block is a dense `(n_e, parts * I_e)` matrix that starts at element `parts * ragged_offsets[e]`. What
+    lies between the blocks is unspecified.
 
     The kernels' tile schedule, made with the rest (empty when the routing was made without kernels):
 

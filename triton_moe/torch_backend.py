@@ -53,7 +53,7 @@ def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
 def gather(x: Tensor, *, routing: Routing) -> Tensor:
     """`x (T, H)` -> `(R, H)`, rows in expert order, zeros past the last row."""
     slot = routing.row_to_slot[:, None].long()
-    rows = x[slot[:, 0].clamp_min(0) // max(routing.top_k, 1)] if x.shape[0] else x.new_zeros(routing.num_rows, x.shape[1])
+    rows = x[slot[:, 0].clamp_min(0) // routing.top_k]
     return rows.masked_fill(slot < 0, 0)
 
 
@@ -104,7 +104,7 @@ def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
     """`out[t] = sum_k topk_weights[t, k] * y[slot_to_row[t, k]]`, summed in fp32 or wider: `(R, H)` -> `(T, H)`."""
     wide = torch.promote_types(y.dtype, torch.float32)
     row = routing.slot_to_row.long()
-    chosen = y[row.clamp_min(0)] if y.shape[0] else y.new_zeros(*row.shape, y.shape[1])
+    chosen = y[row.clamp_min(0)]
     chosen = chosen.masked_fill((row < 0)[..., None], 0)
     weights = topk_weights.masked_fill(row < 0, 0)
     return torch.einsum("tk,tkh->th", weights.to(wide), chosen.to(wide)).to(y.dtype)

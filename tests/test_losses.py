@@ -1,0 +1,134 @@
+import math
+
+import pytest
+import torch
+
+from triton_moe.layout import ExpertLayout
+from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, router_z_loss
+
+SIZES = {
+    "uniform": [(6, 32)],
+    "one expert": [(1, 32)],
+    "two classes": [(4, 32), (2, 100)],
+    "a class in two places": [(2, 32), (3, 8), (2, 32)],
+    "a singleton among classes": [(2, 32), (1, 77), (3, 5)],
+    "all singletons": [(1, 9), (1, 11), (1, 13)],
+    "null experts": [(4, 32), (3, 0)],
+    "one null expert": [(4, 32), (1, 0)],
+}
+layouts = pytest.mark.parametrize("layout", [ExpertLayout.from_sizes(sizes) for sizes in SIZES.values()], ids=SIZES)
+
+
+def _scores(layout, T=11, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(T, layout.num_experts, generator=generator, dtype=dtype)
+    f = torch.rand(layout.num_experts, generator=generator, dtype=dtype)
+    return probs, f / f.sum()
+
+
+def _load_balance_by_definition(probs, f, widths):
+    E, T = len(widths), len(probs)
+    p = [sum(probs[t][e] for t in range(T)) / T for e in range(E)]
+    if len(set(widths)) == 1:
+        return E * sum(f[e] * p[e] for e in range(E))
+    terms = []
+    for width in set(widths):
+        members = [e for e in range(E) if widths[e] == width]
+        if len(members) > 1:
+            terms.append(len(members) * sum(f[e] * p[e] for e in members))
+    if not terms:
+        return sum(f[e] * p[e] for e in range(E))
+    return sum(terms) / len(terms)
+
+
+@layouts
+def test_load_balance_loss_is_its_definition(layout):
+    probs, f = _scores(layout)
+    expected = _load_balance_by_definition(probs.tolist(), f.tolist(), layout.widths)
+    assert load_balance_loss(probs, f, layout).item() == pytest.approx(expected, rel=1e-12)
+
+
+@layouts
+def test_compute_loss_is_its_definition(layout):
+    probs, _ = _scores(layout)
+    mean_width = sum(layout.widths) / len(layout.widths)
+    rows = [sum(p * width / mean_width for p, width in zip(row, layout.widths, strict=True)) for row in probs.tolist()]
+    assert compute_loss(probs, layout).item() == pytest.approx(sum(rows) / len(rows), rel=1e-12)
+
+
+def test_router_z_loss_is_its_definition():
+    logits = torch.randn(11, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = [math.log(sum(math.exp(value) for value in row)) ** 2 for row in logits.tolist()]
+    assert router_z_loss(logits).item() == pytest.approx(sum(rows) / len(rows), rel=1e-12)
+
+
+def test_router_z_loss_of_large_logits_is_finite():
+    assert router_z_loss(torch.full((2, 4), 1000.0)).item() == pytest.approx((1000 + math.log(4)) ** 2, rel=1e-6)
+
+
+def test_even_use_of_uniform_experts_costs_one():
+    layout = ExpertLayout.from_sizes([(8, 16)])
+    even = torch.full((3, 8), 1 / 8)
+    assert load_balance_loss(even, even[0], layout).item() == pytest.approx(1)
+    assert compute_loss(even, layout).item() == pytest.approx(1)
+
+
+@layouts
+def test_the_mean_stands_for_the_scores(layout):
+    probs, f = _scores(layout)
+    mean = mean_over_tokens(probs)
+    assert torch.equal(load_balance_loss(mean, f, layout), load_balance_loss(probs, f, layout))
+    assert torch.equal(compute_loss(mean, layout), compute_loss(probs, layout))
+
+
+@layouts
+def test_gradients(layout):
+    probs, f = _scores(layout, T=3)
+    probs.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: load_balance_loss(p, f, layout), probs)
+    assert torch.autograd.gradcheck(lambda p: compute_loss(p, layout), probs)
+    assert torch.autograd.gradcheck(router_z_loss, probs)
+
+
+def test_no_gradient_reaches_f():
+    layout = ExpertLayout.from_sizes([(4, 16)])
+    probs, f = (tensor.requires_grad_() for tensor in _scores(layout))
+    load_balance_loss(probs, f, layout).backward()
+    assert f.grad is None
+    assert probs.grad is not None
+
+
+@layouts
+def test_no_tokens_give_zeros_and_zero_gradients(layout):
+    scores = torch.zeros(0, layout.num_experts, requires_grad=True)
+    weight = torch.ones((), requires_grad=True)
+    f = torch.zeros(layout.num_experts)
+    for loss in (
+        router_z_loss(scores * weight),
+        load_balance_loss(scores * weight, f, layout),
+        compute_loss(scores * weight, layout),
+    ):
+        assert loss.item() == 0
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert gradient.item() == 0
+
+
+def test_first_use_in_inference_mode_does_not_spoil_training():
+    layout = ExpertLayout.from_sizes([(2, 41), (3, 43)])
+    probs, f = _scores(layout)
+    with torch.inference_mode():
+        load_balance_loss(probs, f, layout)
+        compute_loss(probs, layout)
+    probs.requires_grad_()
+    (load_balance_loss(probs, f, layout) + compute_loss(probs, layout)).backward()
+    assert probs.grad is not None
+
+
+@pytest.mark.parametrize("loss", [load_balance_loss, compute_loss])
+def test_compiles_into_one_graph_per_layout(loss):
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for sizes in ([(4, 32), (2, 100)], [(4, 32), (2, 101)], [(3, 7), (3, 8)]):
+        layout = ExpertLayout.from_sizes(sizes)
+        probs, f = _scores(layout)
+        arguments = (probs, f, layout) if loss is load_balance_loss else (probs, layout)
+        torch.testing.assert_close(compiled(*arguments), loss(*arguments))

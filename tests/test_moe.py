@@ -1,0 +1,303 @@
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from triton_moe.activations import ACTIVATIONS, is_gated
+from triton_moe.losses import compute_loss, load_balance_loss, router_z_loss
+from triton_moe.moe import MoEConfig, MoEMLP
+from triton_moe.router import ROUTERS, route_tokens
+
+H = 24
+SIZES = ((2, 16), (1, 5), (2, 40), (1, 0))
+LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+STATISTICS = ("router_logits_abs_max", "router_logits_mean")
+
+
+def _config(**changes) -> MoEConfig:
+    return MoEConfig(**{"expert_sizes": SIZES, "num_active_experts": 2, "hidden_size": H, **changes})
+
+
+def _layer(dtype=None, **changes) -> MoEMLP:
+    torch.manual_seed(0)
+    return MoEMLP(_config(**changes), dtype=dtype)
+
+
+def _input(*shape, dtype=torch.float32):
+    return torch.randn(*shape, H, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def _swiglu_by_definition(layer, x):
+    """The sum over a token's experts, one token and one expert at a time."""
+    assert layer.w3 is not None
+    routed = route_tokens(x, layer.router.weight, num_active_experts=layer.config.num_active_experts)
+    rows = []
+    for t, token in enumerate(x):
+        row = torch.zeros_like(token)
+        for weight, e in zip(routed.topk_weights[t], routed.topk_ids[t].tolist(), strict=True):
+            own = layer.layout.columns(e)
+            gate, up = token @ layer.w1[:, own], token @ layer.w3[:, own]
+            row = row + weight * ((gate * torch.sigmoid(gate) * up) @ layer.w2[own])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+class TestConfig:
+    def test_sizes_are_kept_as_tuples_of_ints(self):
+        assert _config(expert_sizes=[[2, 16], [1, 5]]).expert_sizes == ((2, 16), (1, 5))
+        assert _config(expert_sizes=(pair for pair in SIZES)).layout.widths == (16, 16, 5, 40, 40, 0)
+
+    def test_is_hashable_and_frozen(self):
+        config = _config()
+        assert config == _config(expert_sizes=[list(pair) for pair in SIZES])
+        assert hash(config) == hash(_config())
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.hidden_size = 3  # type: ignore[misc]
+
+    def test_n_embd_is_another_name_for_hidden_size(self):
+        config = MoEConfig(SIZES, 2, n_embd=H)
+        assert config == MoEConfig(SIZES, 2, H) == MoEConfig(SIZES, 2, H, n_embd=H)
+        assert dataclasses.replace(config, hidden_size=2 * H).hidden_size == 2 * H
+
+    def test_replace_makes_another_layout(self):
+        config = _config()
+        assert config.layout.num_experts == 6
+        assert dataclasses.replace(config, expert_sizes=[(3, 7)]).layout.widths == (7, 7, 7)
+        assert config.layout.num_experts == 6
+
+    @pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+    def test_copies_are_equal(self, clone):
+        config = _config(router="softmax", activation="swiglu")
+        assert clone(config) == config
+        assert clone(config).layout == config.layout
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"expert_sizes": 4}, r"expert_sizes: expected a sequence of \(count, width\) pairs, got 4"),
+            ({"expert_sizes": []}, "expert_sizes: expected at least one expert, got none"),
+            ({"expert_sizes": [(2, 16), 5]}, r"expert_sizes\[1\]: expected a \(count, width\) pair, got 5"),
+            ({"expert_sizes": [(2, 1.5)]}, r"expert_sizes\[0\] width: expected an integer, got 1\.5"),
+            ({"expert_sizes": [(2, -1)]}, r"expert_sizes\[0\]: .* got \(2, -1\)"),
+            ({"expert_sizes": [(True, 16)]}, r"expert_sizes\[0\]: .* got \(True, 16\)"),
+            ({"expert_sizes": [(4, 0)]}, "expert_sizes: expected an expert wider than 0"),
+            ({"num_active_experts": 0}, "num_active_experts: expected an integer of 1 or more, got 0"),
+            ({"num_active_experts": 7}, "num_active_experts: expected at most E = 6, got 7"),
+            ({"num_active_experts": 2.0}, r"num_active_experts: expected an integer of 1 or more, got 2\.0"),
+            ({"num_active_experts": True}, "num_active_experts: expected an integer of 1 or more, got True"),
+            ({"hidden_size": 0}, "hidden_size: expected an integer of 1 or more, got 0"),
+            ({"hidden_size": "24"}, "hidden_size: expected an integer of 1 or more, got '24'"),
+            ({"hidden_size": None}, "hidden_size: expected an integer of 1 or more, got None"),
+            ({"hidden_size": None, "n_embd": -1}, "n_embd: expected an integer of 1 or more, got -1"),
+            ({"n_embd": 25}, "n_embd: expected hidden_size = 24 or nothing, got 25"),
+            ({"block_size": 0}, "block_size: expected an integer of 1 or more, got 0"),
+            ({"activation": "relu2"}, "activation: expected one of relu_squared, .* got 'relu2'"),
+            ({"router": "noisy"}, "router: expected one of sigmoid, softmax, got 'noisy'"),
+            ({"normalize_weights": 1}, "normalize_weights: expected one of True, False, got 1"),
+            ({"aux_losses": None}, "aux_losses: expected one of True, False, got None"),
+            ({"backend": "cuda"}, "backend: expected one of auto, triton, torch, got 'cuda'"),
+        ],
+    )
+    def test_errors_name_the_argument(self, changes, message):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            _config(**changes)
+
+    def test_unknown_keyword(self):
+        with pytest.raises(TypeError, match="top_k"):
+            _config(top_k=2)
+
+
+class TestParameters:
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_state_dict_holds_the_weights_alone(self, activation):
+        shapes = {name: tuple(tensor.shape) for name, tensor in _layer(activation=activation).state_dict().items()}
+        S = 16 * 2 + 5 + 40 * 2
+        expected = {"router.weight": (6, H), "w1": (H, S), "w2": (S, H)}
+        assert shapes == (expected | {"w3": (H, S)} if is_gated(activation) else expected)
+
+    @pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
+    def test_strict_load_round_trip(self, activation):
+        source, target = _layer(activation=activation), MoEMLP(_config(activation=activation))
+        target.load_state_dict(source.state_dict(), strict=True)
+        x = _input(9)
+        assert torch.equal(source(x)[0], target(x)[0])
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+    def test_copies_compute_the_same(self, clone):
+        layer, x = _layer(), _input(9)
+        layer(x)
+        other = clone(layer)
+        assert torch.equal(layer(x)[0], other(x)[0])
+        assert other.w1 is not layer.w1
+
+    def test_dtype_and_device_are_those_asked_for(self):
+        layer = MoEMLP(_config(activation="swiglu"), device="meta", dtype=torch.bfloat16)
+        assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+    def test_meta_then_empty_then_init_is_the_layer_itself(self):
+        layer = MoEMLP(_config(activation="swiglu"), device="meta").to_empty(device="cpu")
+        torch.manual_seed(0)
+        layer.init_params()
+        layer._init_buffers()
+        expected = _layer(activation="swiglu")
+        torch.manual_seed(0)
+        expected.init_params()
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, expected.state_dict()[name]), name
+        assert torch.equal(layer(_input(9))[0], expected(_input(9))[0])
+
+    def test_initial_scale_is_one_over_the_root_of_the_fan_in(self):
+        torch.manual_seed(0)
+        layer = MoEMLP(MoEConfig([(1, 1024), (1, 64)], 1, 256, activation="swiglu"))
+        assert layer.w3 is not None
+        for weight, fan_in in ((layer.w1, 256), (layer.w3, 256), (layer.w2[:1024], 1024), (layer.w2[1024:], 64)):
+            assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.05)
+
+    def test_repr_says_what_it_is(self):
+        text = repr(_layer())
+        assert "2 x 16 + 1 x 5 + 2 x 40 + 1 x 0, num_active_experts=2, hidden_size=24" in text
+
+
+class TestForward:
+    def test_output_is_the_definition(self):
+        layer, x = _layer(dtype=torch.float64, activation="swiglu"), _input(9, dtype=torch.float64)
+        torch.testing.assert_close(layer(x)[0], _swiglu_by_definition(layer, x))
+
+    @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 3)])
+    def test_any_rank(self, shape):
+        layer, x = _layer(), _input(*shape)
+        out, _, f = layer(x)
+        assert out.shape == x.shape
+        assert f.shape == (6,)
+        torch.testing.assert_close(out, layer(x.reshape(-1, H))[0].view(x.shape), rtol=0, atol=0)
+
+    def test_input_of_any_strides(self):
+        layer, x = _layer(), _input(3, 4)
+        strided = x.transpose(0, 1)
+        assert not strided.is_contiguous()
+        assert torch.equal(layer(strided)[0], layer(strided.contiguous())[0])
+        columns = x.reshape(-1, H).t().contiguous().t()
+        torch.testing.assert_close(layer(columns)[0], layer(x)[0].view(-1, H))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_dtypes(self, dtype):
+        layer = _layer(dtype=dtype)
+        out, aux, f = layer(_input(2, 5, dtype=dtype))
+        assert (out.dtype, f.dtype) == (dtype, dtype)
+        assert {value.dtype for value in aux.values()} == {torch.float32}
+
+    @pytest.mark.parametrize("router", ROUTERS)
+    def test_aux_and_f_are_those_of_the_routing(self, router):
+        layer, x = _layer(router=router, num_active_experts=3), _input(7)
+        _, aux, f = layer(x)
+        routed = route_tokens(x, layer.router.weight, num_active_experts=3, router=router)
+        fractions = [sum(e == chosen for chosen in routed.topk_ids.flatten().tolist()) / 21 for e in range(6)]
+        torch.testing.assert_close(f, torch.tensor(fractions))
+        assert tuple(aux) == (*LOSSES, *STATISTICS)
+        torch.testing.assert_close(aux["router_z_loss"], router_z_loss(routed.logits))
+        torch.testing.assert_close(aux["load_balance_loss"], load_balance_loss(routed.probs, f, layer.layout))
+        torch.testing.assert_close(aux["compute_loss"], compute_loss(routed.probs, layer.layout))
+        torch.testing.assert_close(aux["router_logits_abs_max"], routed.logits.abs().max())
+        torch.testing.assert_close(aux["router_logits_mean"], routed.logits.mean())
+
+    def test_null_experts_are_counted_in_f(self):
+        layer = _layer(num_active_experts=1)
+        with torch.no_grad():
+            layer.router.weight.zero_()[5] = 1
+        out, _, f = layer(torch.ones(4, H))
+        assert f.tolist() == [0, 0, 0, 0, 0, 1]
+        assert not out.any()
+
+    def test_without_aux_losses(self):
+        x = _input(7)
+        out, aux, f = _layer()(x)
+        bare_out, bare_aux, bare_f = _layer(aux_losses=False)(x)
+        assert torch.equal(out, bare_out)
+        assert torch.equal(f, bare_f)
+        assert tuple(bare_aux) == tuple(aux)
+        assert not any(bare_aux[name].item() for name in LOSSES)
+        assert all(torch.equal(bare_aux[name], aux[name]) for name in STATISTICS)
+
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            (torch.zeros(3, H + 1), rf"x: expected shape \(\.\.\., {H}\), got \(3, {H + 1}\)"),
+            (torch.zeros(()), r"x: expected shape .* got \(\)"),
+            ([0.0] * H, r"x: expected shape .* got \[0\.0"),
+            (torch.zeros(3, H, dtype=torch.int64), r"x: expected torch\.float32 on cpu .* got torch\.int64"),
+            (torch.zeros(3, H, dtype=torch.bfloat16), r"x: expected torch\.float32 on cpu .* got torch\.bfloat16"),
+            (torch.zeros(3, H, device="meta"), r"x: expected torch\.float32 on cpu .* on meta"),
+        ],
+    )
+    def test_wrong_x(self, x, message):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            _layer()(x)
+
+
+class TestBackward:
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("router", ROUTERS)
+    def test_each_loss_reaches_the_router_alone(self, router, name):
+        layer = _layer(router=router)
+        layer(_input(7))[1][name].backward()
+        assert layer.router.weight.grad is not None
+        assert layer.router.weight.grad.any()
+        assert layer.w1.grad is None
+        assert layer.w2.grad is None
+
+    def test_statistics_and_f_have_no_gradient(self):
+        _, aux, f = _layer()(_input(7).requires_grad_())
+        assert not any(value.requires_grad for value in (*(aux[name] for name in STATISTICS), f))
+
+    @pytest.mark.parametrize("no_gradient", [torch.no_grad, torch.inference_mode])
+    def test_nothing_has_a_gradient_without_grad_mode(self, no_gradient):
+        layer = _layer()
+        with no_gradient():
+            out, aux, f = layer(_input(7))
+        assert not any(value.requires_grad for value in (out, *aux.values(), f))
+        out, aux, _ = layer(_input(7))
+        (out.sum() + sum(aux.values())).backward()
+
+    @pytest.mark.parametrize("num_tokens", [0, 1, 9])
+    @pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
+    def test_every_parameter_gets_a_gradient(self, activation, num_tokens):
+        layer, x = _layer(activation=activation), _input(num_tokens).requires_grad_()
+        out, aux, f = layer(x)
+        (out.square().sum() + sum(aux[name] for name in LOSSES)).backward()
+        for name, tensor in (*layer.named_parameters(), ("x", x)):
+            assert tensor.grad is not None, name
+            assert tensor.grad.isfinite().all(), name
+        for e, fraction in enumerate(f.tolist()):
+            if fraction == 0:
+                assert not layer.w1.grad[:, layer.layout.columns(e)].any()  # type: ignore[index]
+
+    def test_no_tokens_give_zeros(self):
+        layer = _layer()
+        out, aux, f = layer(_input(2, 0))
+        assert out.shape == (2, 0, H)
+        assert not any(value.item() for value in aux.values())
+        assert not f.any()
+        torch.stack([aux[name] for name in LOSSES]).sum().backward()
+        assert not layer.router.weight.grad.any()  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+    def test_gradients_are_those_of_the_formula(self, activation):
+        layer = _layer(dtype=torch.float64, activation=activation, expert_sizes=[(2, 3), (1, 5), (1, 0)])
+        x = _input(3, dtype=torch.float64).requires_grad_()
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+
+        def run(x, *values):
+            out, aux, _ = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+            return out, *(aux[name] for name in LOSSES)
+
+        assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("aux_losses", [True, False])
+def test_what_is_around_the_experts_compiles_into_one_graph(monkeypatch, aux_losses):
+    monkeypatch.setattr("triton_moe.moe.moe_mlp", lambda x, topk_weights, *_, **__: x * topk_weights.sum(1, True))
+    layer, x = _layer(aux_losses=aux_losses), _input(7)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))

@@ -1,0 +1,133 @@
+import math
+
+import pytest
+import torch
+
+from triton_moe.router import ROUTERS, route_tokens, router_logits, router_scores
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _tensors(T=7, H=33, E=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(T, H, generator=generator).to(dtype)
+    weight = (torch.randn(E, H, generator=generator) / math.sqrt(H)).to(dtype)
+    return x, weight
+
+
+def _by_definition(x, weight, K, router, normalize, bias=None):
+    """Loops over fp64 numbers: scores, and per token the chosen experts with their weights."""
+    x, weight = x.double().tolist(), weight.double().tolist()
+    scores, ids, weights = [], [], []
+    for token in x:
+        logits = [sum(a * b for a, b in zip(token, row, strict=True)) for row in weight]
+        if router == "sigmoid":
+            p = [1 / (1 + math.exp(-logit)) for logit in logits]
+        else:
+            p = [math.exp(logit) / sum(math.exp(other) for other in logits) for logit in logits]
+        selection = p if bias is None else [a + b for a, b in zip(p, bias.tolist(), strict=True)]
+        chosen = sorted(range(len(p)), key=lambda e: -selection[e])[:K]
+        total = sum(p[e] for e in chosen) + 1e-20 if normalize else 1.0
+        scores.append(p)
+        ids.append(chosen)
+        weights.append([p[e] / total for e in chosen])
+    return torch.tensor(scores), torch.tensor(ids), torch.tensor(weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_are_exact_products_summed_in_fp32(dtype):
+    x, weight = _tensors(dtype=dtype)
+    logits = router_logits(x, weight)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_take_the_weight_in_the_dtype_of_x():
+    x, _ = _tensors(dtype=torch.bfloat16)
+    _, weight = _tensors()
+    assert torch.equal(router_logits(x, weight), router_logits(x, weight.bfloat16()))
+
+
+def test_logits_of_fp64_stay_fp64():
+    x, weight = _tensors(dtype=torch.float64)
+    assert router_logits(x, weight).dtype == torch.float64
+
+
+def test_autocast_does_not_round_the_logits():
+    x, weight = _tensors()
+    expected = router_logits(x, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router_logits(x, weight), expected)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("K", [1, 2, 5])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_choice_and_weights_match_the_definition(router, K, normalize, with_bias):
+    x, weight = _tensors()
+    bias = torch.tensor([0.9, -0.2, 0.0, 0.5, -0.7]) if with_bias else None
+    out = route_tokens(x, weight, num_active_experts=K, router=router, normalize_weights=normalize, bias=bias)
+    scores, ids, weights = _by_definition(x, weight, K, router, normalize, bias)
+    assert torch.equal(out.topk_ids, ids)
+    torch.testing.assert_close(out.probs, scores, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.topk_weights, weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_changes_the_choice_but_not_the_weights():
+    x, weight = _tensors()
+    bias = torch.tensor([0.0, 0.0, 0.0, 10.0, 0.0])
+    out = route_tokens(x, weight, num_active_experts=1, normalize_weights=False, bias=bias)
+    assert (out.topk_ids == 3).all()
+    assert torch.equal(out.topk_weights[:, 0], out.probs[:, 3])
+
+
+def test_bias_of_zeros_is_no_bias_forward_and_backward():
+    results = []
+    for bias in (None, torch.zeros(5, requires_grad=True)):
+        x, weight = (tensor.requires_grad_() for tensor in _tensors())
+        out = route_tokens(x, weight, num_active_experts=2, bias=bias)
+        out.topk_weights.square().sum().backward()
+        assert bias is None or bias.grad is None
+        results.append((*out, x.grad, weight.grad))
+    for plain, biased in zip(*results, strict=True):
+        assert torch.equal(plain, biased)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradients_are_those_of_the_formula(router, normalize):
+    x, weight = (tensor.requires_grad_() for tensor in _tensors(T=4, H=6, dtype=torch.float64))
+
+    def weights(x, weight):
+        return route_tokens(x, weight, num_active_experts=2, router=router, normalize_weights=normalize).topk_weights
+
+    assert torch.autograd.gradcheck(weights, (x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_have_the_dtype_of_x(dtype):
+    out = route_tokens(*_tensors(dtype=dtype), num_active_experts=2)
+    assert (out.logits.dtype, out.probs.dtype) == (torch.float32, torch.float32)
+    assert (out.topk_weights.dtype, out.topk_ids.dtype) == (dtype, torch.int64)
+
+
+def test_scores_that_underflow_give_finite_weights():
+    out = route_tokens(torch.full((1, 1), -1e4), torch.ones(3, 1), num_active_experts=2)
+    assert torch.equal(out.topk_weights, torch.zeros(1, 2))
+
+
+def test_no_tokens():
+    x, weight = _tensors(T=0)
+    out = route_tokens(x, weight.requires_grad_(), num_active_experts=2)
+    assert out.logits.shape == out.probs.shape == (0, 5)
+    assert out.topk_weights.shape == out.topk_ids.shape == (0, 2)
+    out.topk_weights.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("router", ["tanh", "", None])
+def test_unknown_router(router):
+    with pytest.raises(ValueError, match=r"router: expected one of sigmoid, softmax, got"):
+        router_scores(torch.zeros(1, 2), router)

@@ -1,0 +1,76 @@
+"""The router's auxiliary losses: scalars in the dtype of their first argument, 0 when there are no tokens.
+
+The last two are linear in `p`, the mean over tokens of the router's scores. Either takes the scores `(T, E)`, or one
+row `(E)` of them, which may be that mean: whoever needs both computes it once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from triton_moe.layout import ExpertLayout
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """`mean_t(logsumexp_e(logits)^2)`, logits `(T, E)` (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return logits.logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
+
+
+def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout) -> Tensor:
+    """How unevenly the experts are used: `E * sum_e(f_e p_e)` if all have one width (Switch, arXiv:2101.03961, eq. 4).
+
+    Otherwise `n * sum_e(f_e p_e)` over each width class of n > 1 experts, averaged over these classes: experts compete
+    with their like, and one without its like with nobody. If every class is a single expert, `sum_e(f_e p_e)`.
+    f and p are those of the whole layer, not renormalised within a class.
+
+    Args:
+        probs: `(T, E)` or `(E)`, see above.
+        f: `(E)`, the fraction of routed slots that chose expert e. No gradient reaches it.
+    """
+    coefficients = _constant_table(_balance_coefficients, layout, probs.dtype, probs.device)
+    return (coefficients * f.detach() * mean_over_tokens(probs)).sum()
+
+
+def compute_loss(probs: Tensor, layout: ExpertLayout) -> Tensor:
+    """What the choice costs: `mean_t(probs @ widths / mean width)`, mean width `S / E`. 1 if all scores are `1 / E`."""
+    widths = _constant_table(_relative_widths, layout, probs.dtype, probs.device)
+    return (widths * mean_over_tokens(probs)).sum()
+
+
+def mean_over_tokens(probs: Tensor) -> Tensor:
+    """`(T, E)` -> `(E)`, zeros without tokens; a row `(E)` is its own mean."""
+    return probs if probs.dim() == 1 else probs.sum(dim=0) / max(probs.shape[0], 1)
+
+
+def _balance_coefficients(layout: ExpertLayout) -> list[float]:
+    """`c (E)` such that the load balance loss is `sum(c f p)`."""
+    classes = [experts for experts in layout.width_classes.values() if len(experts) > 1]
+    coefficients = [0.0 if classes else 1.0] * layout.num_experts
+    for experts in classes:
+        for e in experts:
+            coefficients[e] = len(experts) / len(classes)
+    return coefficients
+
+
+def _relative_widths(layout: ExpertLayout) -> list[float]:
+    return [width * layout.num_experts / layout.total_width for width in layout.widths]
+
+
+@torch.compiler.assume_constant_result
+def _constant_table(
+    values: Callable[[ExpertLayout], list[float]], layout: ExpertLayout, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A compiled graph holds the table as a constant: traced into, it would be copied to the device at every call."""
+    return _cached_table(values, layout, dtype, device)
+
+
+@functools.cache
+def _cached_table(
+    values: Callable[[ExpertLayout], list[float]], layout: ExpertLayout, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values(layout), dtype=dtype, device=device)

@@ -1,0 +1,219 @@
+"""The layer: a router, the packed weights of experts of any width, and the router's auxiliary losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from triton_moe.activations import is_gated
+from triton_moe.functional import BACKENDS, moe_mlp
+from triton_moe.layout import ExpertLayout
+from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, router_z_loss
+from triton_moe.router import ROUTERS, route_tokens
+
+
+def _check_positive_int(value: object, argument: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{argument}: expected an integer of 1 or more, got {value!r}")
+
+
+def _check_choice(value: object, argument: str, choices: Sequence[object]) -> None:
+    if value not in choices or type(value) is not type(choices[0]):
+        raise ValueError(f"{argument}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """What a layer is. Raises ValueError, naming the argument, on anything that cannot be built.
+
+    >>> config = MoEConfig([(4, 512), (4, 256)], num_active_experts=2, hidden_size=256)
+    >>> config.layout.total_width
+    3072
+    """
+
+    expert_sizes: Sequence[Sequence[int]]
+    """`[(count, width), ...]`, experts in that order; kept as a tuple of tuples. Width 0: null experts."""
+    num_active_experts: int
+    """K, the experts each token goes to: 1 <= K <= E."""
+    hidden_size: int = None  # type: ignore[assignment]  # n_embd may stand in
+    """H. Never None once built."""
+    block_size: int = 128
+    """Of the block-sparse reference alone; the widths here need not be multiples of it."""
+    activation: str = "relu_squared"
+    """One of `triton_moe.activations.ACTIVATIONS`; a gated one gives the layer a third weight, w3."""
+    router: str = "sigmoid"
+    """One of `triton_moe.router.ROUTERS`."""
+    normalize_weights: bool = True
+    """Whether a token's K weights are divided by their sum."""
+    aux_losses: bool = True
+    """Whether the auxiliary losses are computed; if not, zeros stand in their places."""
+    backend: str = "auto"
+    """One of `triton_moe.functional.BACKENDS`."""
+    n_embd: InitVar[int | None] = None
+    """Another name for `hidden_size`, when building only: read `hidden_size`."""
+
+    def __post_init__(self, n_embd: int | None) -> None:
+        if isinstance(self.expert_sizes, Iterable):
+            object.__setattr__(self, "expert_sizes", tuple(self.expert_sizes))
+        num_experts = self.layout.num_experts
+        for i, pair in enumerate(self.expert_sizes):
+            if any(isinstance(number, bool) for number in pair):
+                raise ValueError(f"expert_sizes[{i}]: expected a (count, width) pair of integers, got {pair!r}")
+        object.__setattr__(self, "expert_sizes", tuple((int(count), int(width)) for count, width in self.expert_sizes))
+
+        if self.hidden_size is None and n_embd is not None:
+            _check_positive_int(n_embd, "n_embd")
+            object.__setattr__(self, "hidden_size", n_embd)
+        _check_positive_int(self.hidden_size, "hidden_size")
+        if n_embd is not None and n_embd != self.hidden_size:
+            raise ValueError(f"n_embd: expected hidden_size = {self.hidden_size} or nothing, got {n_embd!r}")
+
+        _check_positive_int(self.num_active_experts, "num_active_experts")
+        if self.num_active_experts > num_experts:
+            raise ValueError(f"num_active_experts: expected at most E = {num_experts}, got {self.num_active_experts}")
+        _check_positive_int(self.block_size, "block_size")
+        is_gated(self.activation)
+        _check_choice(self.router, "router", ROUTERS)
+        _check_choice(self.normalize_weights, "normalize_weights", (True, False))
+        _check_choice(self.aux_losses, "aux_losses", (True, False))
+        _check_choice(self.backend, "backend", BACKENDS)
+
+    @cached_property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout.from_sizes(self.expert_sizes)
+
+
+class MoEMLP(nn.Module):
+    """A mixture-of-experts MLP whose experts may have any width.
+
+    Parameters, all 2-D, each with a gradient at every step: `router.weight (E, H)`; `w1 (H, S)`; `w2 (S, H)`; for gated
+    activations only `w3 (H, S)`, w1 being the gate. Expert e owns the columns `layout.columns(e)` of w1 and w3 and the
+    same rows of w2. Nothing else is in the state dict.
+
+    A model built on the meta device becomes real by `to_empty`, then `init_params()` and `_init_buffers()`.
+    """
+
+    w3: nn.Parameter | None
+
+    def __init__(
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = config.layout
+        H, S = config.hidden_size, self.layout.total_width
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.router = nn.Linear(H, self.layout.num_experts, bias=False, device=device, dtype=dtype)
+        self.w1 = empty(H, S)
+        self.w2 = empty(S, H)
+        self.register_parameter("w3", empty(H, S) if is_gated(config.activation) else None)
+        self.init_params()
+        self._init_buffers()
+
+    @torch.no_grad()
+    def init_params(self) -> None:
+        """Draw every weight from a normal distribution of std 1 / sqrt(fan-in).
+
+        The fan-in is H for the router, w1 and w3. For w2 it is the expert's own width, so that experts of all widths
+        start with outputs of one scale.
+        """
+        for weight in (self.router.weight, self.w1, self.w3):
+            if weight is not None:
+                weight.normal_(std=self.config.hidden_size**-0.5)
+        for e, width in enumerate(self.layout.widths):
+            if width:
+                self.w2[self.layout.columns(e)].normal_(std=width**-0.5)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's name for `init_params`."""
+        self.init_params()
+
+    def _init_buffers(self) -> None:
+        """Rebuild every buffer from the config's integers. There is none as yet: tables are made at need."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """`x (..., H)`, in the weights' dtype -> `(out, aux, f_i)`.
+
+        Returns:
+            out: x's shape and dtype.
+            aux: fp32 scalars, always these. Differentiable: `router_z_loss`, `load_balance_loss`, `compute_loss` (see
+                `losses.py`). Detached: `router_logits_abs_max`, `router_logits_mean`. All are 0 without tokens.
+            f_i: `(E)` in x's dtype, the fraction of the T*K slots that went to each expert.
+
+        Raises:
+            ValueError: x has another last dimension, dtype or device than the weights.
+        """
+        self._check_input(x)
+        config = self.config
+        tokens = x.reshape(-1, config.hidden_size)
+        logits, probs, topk_weights, topk_ids = route_tokens(
+            tokens,
+            self.router.weight,
+            num_active_experts=config.num_active_experts,
+            router=config.router,
+            normalize_weights=config.normalize_weights,
+        )
+        out = moe_mlp(
+            tokens,
+            topk_weights,
+            topk_ids,
+            self.w1,
+            self.w2,
+            self.w3,
+            layout=self.layout,
+            activation=config.activation,
+            backend=config.backend,
+        )
+        f = _slot_fractions(topk_ids, self.layout.num_experts, probs.dtype)
+        return out.view(x.shape), self._aux(logits, probs, f), f.to(x.dtype)
+
+    def _aux(self, logits: Tensor, probs: Tensor, f: Tensor) -> dict[str, Tensor]:
+        if self.config.aux_losses:
+            p = mean_over_tokens(probs)
+            z, balance, cost = router_z_loss(logits), load_balance_loss(p, f, self.layout), compute_loss(p, self.layout)
+        else:
+            z, balance, cost = logits.new_zeros(3).unbind()
+        raw = logits.detach()
+        if raw.numel():
+            abs_max, mean = torch.linalg.vector_norm(raw, torch.inf), raw.mean()
+        else:
+            abs_max, mean = raw.new_zeros(2).unbind()
+        return {
+            "router_z_loss": z,
+            "load_balance_loss": balance,
+            "compute_loss": cost,
+            "router_logits_abs_max": abs_max,
+            "router_logits_mean": mean,
+        }
+
+    def _check_input(self, x: Tensor) -> None:
+        H, weight = self.config.hidden_size, self.w1
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != H:
+            raise ValueError(f"x: expected shape (..., {H}), got {tuple(x.shape) if isinstance(x, Tensor) else x!r}")
+        if x.dtype != weight.dtype or x.device != weight.device:
+            raise ValueError(
+                f"x: expected {weight.dtype} on {weight.device} as the weights, got {x.dtype} on {x.device}"
+            )
+
+    def extra_repr(self) -> str:
+        config = self.config
+        experts = " + ".join(f"{count} x {width}" for count, width in config.expert_sizes)
+        return (
+            f"{experts}, num_active_experts={config.num_active_experts}, hidden_size={config.hidden_size}, "
+            f"activation={config.activation}, router={config.router}"
+        )
+
+
+def _slot_fractions(topk_ids: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """`(E)`: how many of the slots chose each expert, over their number. Integer sums, hence the same at every run."""
+    slots = topk_ids.flatten()
+    # Not bincount, which waits for the device.
+    counts = slots.new_zeros(num_experts).scatter_add_(0, slots, torch.ones_like(slots))
+    return counts.to(dtype) / max(slots.numel(), 1)
