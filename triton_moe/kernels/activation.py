@@ -1,0 +1,127 @@
+"""Activations and their derivatives: device helpers of the GEMMs' epilogues, and kernels over ragged buffers.
+
+gelu is z * Phi(z) with the exact erf, gelu_tanh its tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415);
+the gated forms are those of Shazeer 2020, arXiv:2002.05202. relu and relu_squared have derivative 0 at 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_moe.activations import GATE_ACTIVATION, is_gated
+from triton_moe.kernels.config import layout_tables, on_device_of, tile_config
+from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start
+from triton_moe.layout import RAGGED_ALIGNMENT, Routing
+
+_SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+_INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
+_TANH_SCALE: tl.constexpr = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
+_TANH_CUBIC: tl.constexpr = tl.constexpr(0.044715)
+
+
+@triton.jit
+def tanh(z):
+    return 2 * tl.sigmoid(2 * z) - 1
+
+
+@triton.jit
+def act_fwd(z, ACTIVATION: tl.constexpr):
+    """act(z), fp32. A NaN stays one: `maximum` would drop it."""
+    if ACTIVATION == "none":
+        return z
+    elif ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, z)
+    elif ACTIVATION == "relu_squared":
+        return tl.where(z <= 0, 0.0, z * z)
+    elif ACTIVATION == "silu":
+        return z * tl.sigmoid(z)
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1 + tl.erf(z * _SQRT_HALF))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        return 0.5 * z * (1 + tanh(_TANH_SCALE * (z + _TANH_CUBIC * z * z * z)))
+
+
+@triton.jit
+def act_bwd(z, ACTIVATION: tl.constexpr):
+    """act'(z), fp32."""
+    if ACTIVATION == "none":
+        return tl.full(z.shape, 1.0, tl.float32)
+    elif ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, 1.0)
+    elif ACTIVATION == "relu_squared":
+        return tl.where(z <= 0, 0.0, 2 * z)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1 + tl.erf(z * _SQRT_HALF)) + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        t = tanh(_TANH_SCALE * (z + _TANH_CUBIC * z * z * z))
+        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBIC * z * z)
+
+
+@triton.jit
+def load_pre(pre_ptrs, width, mask, GATED: tl.constexpr):
+    """Gate (or only) half and up half of a pre-activation tile, fp32; the up half is 1 without a gate."""
+    gate = tl.load(pre_ptrs, mask=mask, other=0).to(tl.float32)
+    up = tl.load(pre_ptrs + width, mask=mask, other=0).to(tl.float32) if GATED else 1.0
+    return gate, up
+
+
+@triton.jit
+def store_dpre(dpre_ptrs, width, mask, gate, up, act, dact, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """Gradient of a pre-activation tile from `dact`, that of its activation; `act` is act(gate)."""
+    element = dpre_ptrs.dtype.element_ty
+    tl.store(dpre_ptrs, (dact * up * act_bwd(gate, ACTIVATION)).to(element), mask=mask)
+    if GATED:
+        tl.store(dpre_ptrs + width, (dact * act).to(element), mask=mask)
+
+
+@triton.jit
+def activation_bwd_kernel(
+    pre, dact, dpre, widths, offsets, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dpre = act'(pre) * dact, over one (rows, width) tile of the ragged buffers."""
+    PARTS: tl.constexpr = 2 if GATED else 1
+    entry = row_blocks + 2 * (tl.program_id(0) // num_tiles_n)
+    expert = tl.load(entry)
+    first_col = tl.program_id(0) % num_tiles_n * BLOCK_N
+    if expert < 0:
+        return
+    width, _ = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    if first_col >= width:
+        return
+    _, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = exists[:, None] & (cols < width)[None, :]
+    inner = local[:, None] * (PARTS * width) + cols[None, :]
+    pre_start = ragged_start(pre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT)
+    gate, up = load_pre(pre_start + inner, width, mask, GATED)
+    dact_start = ragged_start(dact, expert, start, width, ragged_offsets, 1, ALIGNMENT)
+    d = tl.load(dact_start + local[:, None] * width + cols[None, :], mask=mask, other=0).to(tl.float32)
+    dpre_ptrs = ragged_start(dpre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT) + inner
+    store_dpre(dpre_ptrs, width, mask, gate, up, act_fwd(gate, ACTIVATION), d, ACTIVATION, GATED)
+
+
+def activation_bwd(pre: Tensor, dact: Tensor, routing: Routing, activation: str) -> Tensor:
+    """Ragged buffers: pre-activation (2 parts if gated) and gradient of the activation -> gradient of the former."""
+    gated, layout = is_gated(activation), routing.layout
+    tables, config = layout_tables(layout, pre.device), tile_config("activation", pre)
+    dpre = torch.empty_like(pre)
+    num_tiles_n = triton.cdiv(layout.max_width, config.BLOCK_N)
+    if num_programs := routing.row_blocks.shape[0] * num_tiles_n:
+        with on_device_of(pre):
+            activation_bwd_kernel[(num_programs,)](
+                pre, dact.contiguous(), dpre, tables.widths, tables.offsets,
+                routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
+                ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, WIDTH_ALIGN=tables.width_align,
+                ALIGNMENT=RAGGED_ALIGNMENT, BLOCK_M=routing.block_m, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
+            )  # fmt: skip
+    return dpre

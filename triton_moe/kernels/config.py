@@ -1,0 +1,122 @@
+"""What the launchers share: tile shapes, tables of the layout on the device, and the guard for a second device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from triton_moe.layout import ExpertLayout
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether the kernels were made for the interpreter, which is slow and wants small tiles."""
+
+BLOCK_M = 16 if INTERPRETED else 128
+"""Rows of a row block: the tile height of every kernel that walks the routed rows."""
+
+
+class TileConfig(NamedTuple):
+    """Keywords of a GEMM kernel's launch. None depends on the number of tokens: a new batch size compiles nothing."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
+_INTERPRETER_TILE = TileConfig(16, 16, 1, 1)
+_FP32_TILE = TileConfig(64, 32, 8, 2)
+_FP32_PAIR_TILE = TileConfig(32, 32, 8, 2)
+# Fits the 99 KB of shared memory of compute capability 8.6, 8.9 and 12.0.
+_TILES = {
+    "up": TileConfig(128, 32, 8, 4),
+    "up_gated": TileConfig(64, 32, 8, 4),
+    "down": TileConfig(128, 32, 8, 4),
+    "dh": TileConfig(64, 32, 8, 4),
+    "dh_gated": TileConfig(64, 32, 8, 4),
+    "dw": TileConfig(128, 32, 8, 4),
+    "activation": TileConfig(64, 0, 4, 1),
+}
+# Compute capability 9.0, the fastest of a few shapes each on an H200 (dev/LOG.md, 2026-11-24).
+_HOPPER_TILES = {
+    "up": TileConfig(128, 64, 8, 3),
+    "up_gated": TileConfig(128, 64, 8, 3),
+    "down": TileConfig(128, 64, 4, 3),
+    "dh": TileConfig(128, 64, 8, 3),
+    "dh_gated": TileConfig(64, 64, 8, 4, maxnreg=128),
+    "dw": TileConfig(128, 64, 8, 5),
+    "activation": TileConfig(64, 0, 4, 1),
+}
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def tile_config(kernel: str, tensor: Tensor) -> TileConfig:
+    """The one blessed configuration of a kernel for the tensor's dtype and device."""
+    if INTERPRETED:
+        return _INTERPRETER_TILE
+    if tensor.dtype.itemsize == 4:
+        return _FP32_PAIR_TILE if kernel.endswith("gated") else _FP32_TILE
+    return (_HOPPER_TILES if capability(tensor.device) == (9, 0) else _TILES)[kernel]
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: exactly, unless the user allows tf32 (`torch.set_float32_matmul_precision`)."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+class LayoutTables(NamedTuple):
+    """The layout on the device, int32 `(E)` each, and what of it is fixed at compile time."""
+
+    widths: Tensor
+    offsets: Tensor
+    width_rank: Tensor
+    """Place of each expert in descending order of width: row blocks that cost most come first."""
+    width_align: int
+    """Largest power of two, 16 at most, that divides every width (and so every offset)."""
+
+
+@functools.lru_cache(maxsize=256)
+def layout_tables(layout: ExpertLayout, device: torch.device) -> LayoutTables:
+    by_width = sorted(range(layout.num_experts), key=lambda e: -layout.widths[e])
+    rank = [0] * layout.num_experts
+    for place, expert in enumerate(by_width):
+        rank[expert] = place
+    with torch.inference_mode(False):
+        table = torch.tensor([layout.widths, layout.offsets, rank], dtype=torch.int32)
+        widths, offsets, width_rank = (
+            table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+        )
+    return LayoutTables(widths, offsets, width_rank, math.gcd(16, *layout.widths))
+
+
+def divides_widths(block: int, layout: ExpertLayout) -> bool:
+    """Whether no tile of `block` columns sticks out of an expert."""
+    return math.gcd(block, *layout.widths) == block
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, else a copy: the kernels take any row stride."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def with_strides_of(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor itself if it lies in memory as `other` does, else a copy that does."""
+    return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's, at no cost where it already is."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

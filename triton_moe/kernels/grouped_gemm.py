@@ -1,0 +1,150 @@
+"""Grouped GEMMs over the routed rows, forward: up `(R, H) x (H, I_e)` and down `(R, I_e) x (I_e, H)`.
+
+One program computes one tile: its row block names the expert, and two prefix sums say where that expert's rows and its
+block of the ragged buffer are. Programs are numbered with the column fastest, so that those that share rows run
+together; a program past its expert's width has nothing to do.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_moe.activations import GATE_ACTIVATION
+from triton_moe.kernels.activation import act_fwd
+from triton_moe.kernels.config import (
+    divides_widths,
+    input_precision,
+    layout_tables,
+    on_device_of,
+    rows_contiguous,
+    tile_config,
+    with_strides_of,
+)
+from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.layout import RAGGED_ALIGNMENT, Routing
+
+
+@triton.jit
+def grouped_gemm_up_fwd_kernel(
+    x, w1, w3, pre, out, H, stride_xt, stride_wh, stride_ws,
+    widths, offsets, row_to_slot, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, STORE_PRE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = 2 if GATED else 1
+    entry = row_blocks + 2 * (tl.program_id(0) // num_tiles_n)
+    expert = tl.load(entry)
+    first_col = tl.program_id(0) % num_tiles_n * BLOCK_N
+    if expert < 0:
+        return
+    width, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    if first_col >= width:
+        return
+    first_row, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
+    rows = first_row + local
+    if GATHER:
+        rows = tl.load(row_to_slot + rows) // TOP_K
+    cols = first_col + tl.arange(0, BLOCK_N)
+    col_mask = cols < width
+    w_cols = (offset + cols) * stride_ws
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gate, up = tile_dot(
+        gate, gate, x + rows.to(tl.int64) * stride_xt, w1 + w_cols, w3 + w_cols, col_mask, H, stride_wh,
+        GATED, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
+    )  # fmt: skip
+
+    mask = exists[:, None] & col_mask[None, :]
+    element = out.dtype.element_ty
+    if STORE_PRE:
+        pre_ptrs = ragged_start(pre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT)
+        pre_ptrs += local[:, None] * (PARTS * width) + cols[None, :]
+        tl.store(pre_ptrs, gate.to(element), mask=mask)
+        if GATED:
+            tl.store(pre_ptrs + width, up.to(element), mask=mask)
+    act = act_fwd(gate, ACTIVATION)
+    if GATED:
+        act *= up
+    out_ptrs = ragged_start(out, expert, start, width, ragged_offsets, 1, ALIGNMENT)
+    out_ptrs += local[:, None] * width + cols[None, :]
+    tl.store(out_ptrs, act.to(element), mask=mask)
+
+
+@triton.jit
+def grouped_gemm_down_fwd_kernel(
+    a, w, w_up, y, H, stride_ws, stride_wh,
+    widths, offsets, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
+    PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = a w_e, or with two parts a[:, :I_e] w_e + a[:, I_e:] w_up_e."""
+    entry = row_blocks + 2 * (tl.program_id(0) // num_tiles_n)
+    expert = tl.load(entry)
+    if expert < 0:
+        return
+    width, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    first_row, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
+    cols = tl.program_id(0) % num_tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < H
+    a_rows = ragged_start(a, expert, start, width, ragged_offsets, PARTS, ALIGNMENT) + local * (PARTS * width)
+    w_cols = offset * stride_ws + cols.to(tl.int64) * stride_wh
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc, _ = tile_dot(
+        acc, acc, a_rows, w + w_cols, w + w_cols, col_mask, width, stride_ws,
+        False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
+    )  # fmt: skip
+    if PARTS == 2:
+        acc, _ = tile_dot(
+            acc, acc, a_rows + width, w_up + w_cols, w_up + w_cols, col_mask, width, stride_ws,
+            False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
+        )  # fmt: skip
+    y_ptrs = y + first_row.to(tl.int64) * H + local[:, None] * H + cols[None, :]
+    tl.store(y_ptrs, acc.to(y.dtype.element_ty), mask=exists[:, None] & col_mask[None, :])
+
+
+def grouped_gemm_up_fwd(
+    x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor, pre: Tensor | None, routing: Routing, activation: str,
+    gathered: bool = True,
+) -> None:  # fmt: skip
+    """Fill the ragged buffers `out` (activation) and, unless None, `pre` (pre-activation) of every routed row.
+
+    x is `(T, H)`, or `(R, H)` in expert order if not `gathered`; w1 and w3 `(H, S)` of any strides.
+    """
+    x, layout, gated = rows_contiguous(x), routing.layout, w3 is not None
+    config, tables = tile_config("up_gated" if gated else "up", x), layout_tables(layout, x.device)
+    num_tiles_n = triton.cdiv(layout.max_width, config.BLOCK_N)
+    w3 = w1 if w3 is None else with_strides_of(w3, w1)
+    if num_programs := routing.row_blocks.shape[0] * num_tiles_n:
+        with on_device_of(x):
+            grouped_gemm_up_fwd_kernel[(num_programs,)](
+                x, w1, w3, out if pre is None else pre, out, x.shape[1], x.stride(0), *w1.stride(),
+                tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets, routing.ragged_offsets,
+                routing.row_blocks, num_tiles_n,
+                TOP_K=routing.top_k, GATHER=gathered, ACTIVATION=GATE_ACTIVATION.get(activation, activation),
+                GATED=gated, STORE_PRE=pre is not None, INPUT_PRECISION=input_precision(x.dtype),
+                WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT, EVEN_K=x.shape[1] % config.BLOCK_K == 0,
+                EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=routing.block_m, **config._asdict(),
+            )  # fmt: skip
+
+
+def grouped_gemm_down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
+    """`y (R, H)` = a w of every routed row; with `w_up`, a has two parts and `y = a_gate w + a_up w_up`.
+
+    a is a ragged buffer, w and w_up `(S, H)` of any strides (w1 and w3 transposed give the gradient of x's rows).
+    """
+    layout, hidden_size = routing.layout, w.shape[1]
+    config, tables = tile_config("down", a), layout_tables(layout, a.device)
+    num_tiles_n = triton.cdiv(hidden_size, config.BLOCK_N)
+    parts = 1 if w_up is None else 2
+    w_up = w if w_up is None else with_strides_of(w_up, w)
+    if num_programs := routing.row_blocks.shape[0] * num_tiles_n:
+        with on_device_of(a):
+            grouped_gemm_down_fwd_kernel[(num_programs,)](
+                a, w, w_up, y, hidden_size, *w.stride(),
+                tables.widths, tables.offsets, routing.row_offsets, routing.ragged_offsets, routing.row_blocks,
+                num_tiles_n, PARTS=parts, INPUT_PRECISION=input_precision(a.dtype), WIDTH_ALIGN=tables.width_align,
+                ALIGNMENT=RAGGED_ALIGNMENT, EVEN_K=divides_widths(config.BLOCK_K, layout),
+                EVEN_N=hidden_size % config.BLOCK_N == 0, BLOCK_M=routing.block_m, **config._asdict(),
+            )  # fmt: skip

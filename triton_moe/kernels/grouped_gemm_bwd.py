@@ -1,0 +1,195 @@
+"""Grouped GEMMs of the backward pass that are not a forward GEMM with other operands.
+
+`dh`: one product of the output gradient with w2^T gives, while the tile is in registers, the gradient of the
+pre-activation, the weighted activation that dw2 needs, and the gradient of the routing weights, because
+`<dO, A w2> = <dO w2^T, A>`. `dw`: weight gradients, a product of two row-major operands that is ragged in its
+reduction.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_moe.activations import GATE_ACTIVATION, is_gated
+from triton_moe.kernels.activation import act_fwd, load_pre, store_dpre
+from triton_moe.kernels.config import (
+    BLOCK_M,
+    divides_widths,
+    input_precision,
+    layout_tables,
+    on_device_of,
+    rows_contiguous,
+    tile_config,
+)
+from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.layout import RAGGED_ALIGNMENT, Routing
+
+
+@triton.jit
+def grouped_gemm_dh_kernel(
+    dout, w2, pre, topk_weights, dpre, act_weighted, dweights_partial, H, stride_dt, stride_ws, stride_wh,
+    widths, offsets, row_to_slot, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
+    TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = 2 if GATED else 1
+    entry = row_blocks + 2 * (tl.program_id(0) // num_tiles_n)
+    tile_n = tl.program_id(0) % num_tiles_n
+    expert = tl.load(entry)
+    if expert < 0:
+        return
+    width, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    if tile_n * BLOCK_N >= width:
+        return
+    first_row, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
+    slots = tl.load(row_to_slot + first_row + local)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < width
+    w_cols = w2 + (offset + cols) * stride_ws
+    dact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dact, _ = tile_dot(
+        dact, dact, dout + (slots // TOP_K).to(tl.int64) * stride_dt, w_cols, w_cols, col_mask, H, stride_wh,
+        False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
+    )  # fmt: skip
+
+    mask = exists[:, None] & col_mask[None, :]
+    inner = local[:, None] * (PARTS * width) + cols[None, :]
+    pre_start = ragged_start(pre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT)
+    gate, up = load_pre(pre_start + inner, width, mask, GATED)
+    act = act_fwd(gate, ACTIVATION)
+    tl.store(dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n, tl.sum(dact * act * up, 1), mask=exists)
+    weight = tl.load(topk_weights + slots).to(tl.float32)[:, None]
+    weighted_ptrs = ragged_start(act_weighted, expert, start, width, ragged_offsets, 1, ALIGNMENT)
+    tl.store(
+        weighted_ptrs + local[:, None] * width + cols[None, :],
+        (weight * act * up).to(act_weighted.dtype.element_ty),
+        mask=mask,
+    )
+    dpre_ptrs = ragged_start(dpre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT) + inner
+    store_dpre(dpre_ptrs, width, mask, gate, up, act, weight * dact, ACTIVATION, GATED)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def sum_partials_kernel(
+    dweights_partial, topk_ids, slot_to_row, widths, dweights, num_slots, num_tiles_n,
+    BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """dweights[slot] = sum of its partial sums, one a tile of its expert's width; 0 where the slot has no row."""
+    slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    owned = slots < num_slots
+    owned = owned & (tl.load(slot_to_row + slots, mask=owned, other=-1) >= 0)
+    width = tl.load(widths + tl.load(topk_ids + slots, mask=owned, other=0), mask=owned, other=0)
+    total = tl.zeros([SLOTS], tl.float32)
+    for tile_n in range(0, num_tiles_n):
+        partials = dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n
+        total += tl.load(partials, mask=tile_n * BLOCK_N < width, other=0)
+    tl.store(dweights + slots, total.to(dweights.dtype.element_ty), mask=slots < num_slots)
+
+
+@triton.jit
+def grouped_gemm_dw_kernel(
+    x, d, dw, dw_up, H, stride_xt, stride_wh, stride_ws,
+    widths, offsets, row_to_slot, row_offsets, ragged_offsets, expert_order, num_tiles_m, num_tiles_n,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dw_e[h, i] = sum over the expert's rows of x[row, h] * d[row, i]; an expert without rows gets zeros.
+
+    x is dense, `(T, H)` gathered or `(R, H)`; d is ragged, its second part belongs to dw_up.
+    """
+    tile_n = tl.program_id(0) % num_tiles_n
+    part = tl.program_id(0) // num_tiles_n % PARTS
+    tile_m = tl.program_id(0) // (num_tiles_n * PARTS) % num_tiles_m
+    expert = tl.load(expert_order + tl.program_id(0) // (num_tiles_n * PARTS * num_tiles_m))
+    width, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    if tile_n * BLOCK_N >= width:
+        return
+    first = tl.load(row_offsets + expert)
+    count = tl.load(row_offsets + expert + 1) - first
+    hidden = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    hidden_mask = hidden < H
+    col_mask = cols < width
+    d_cols = ragged_start(d, expert, 0, width, ragged_offsets, PARTS, ALIGNMENT) + part * width + cols
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, count, BLOCK_K):
+        place = k + tl.arange(0, BLOCK_K)
+        exists = place < count
+        rows = first + place
+        if GATHER:
+            rows = tl.load(row_to_slot + rows, mask=exists, other=0) // TOP_K
+        x_mask = exists[:, None] if EVEN_M else exists[:, None] & hidden_mask[None, :]
+        d_mask = exists[:, None] if EVEN_N else exists[:, None] & col_mask[None, :]
+        x_tile = tl.load(x + rows.to(tl.int64)[:, None] * stride_xt + hidden[None, :], mask=x_mask, other=0)
+        d_tile = tl.load(d_cols[None, :] + place.to(tl.int64)[:, None] * (PARTS * width), mask=d_mask, other=0)
+        acc = tl.dot(tl.trans(x_tile), d_tile, acc, input_precision=INPUT_PRECISION)
+    offsets_w = hidden.to(tl.int64)[:, None] * stride_wh + ((offset + cols) * stride_ws)[None, :]
+    mask = hidden_mask[:, None] & col_mask[None, :]
+    if part == 0:
+        tl.store(dw + offsets_w, acc.to(dw.dtype.element_ty), mask=mask)
+    else:
+        tl.store(dw_up + offsets_w, acc.to(dw.dtype.element_ty), mask=mask)
+
+
+def grouped_gemm_dh(
+    dout: Tensor, w2: Tensor, pre: Tensor, topk_weights: Tensor, routing: Routing, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dout (T, H)`, `w2 (S, H)`, pre-activation (ragged), `topk_weights (T, K)` -> three gradients.
+
+    Returns the gradient of the pre-activation (ragged, as `pre`), the weighted activation (ragged, one part) and the
+    gradient of the routing weights `(T, K)` in their dtype.
+    """
+    gated, layout, dout = is_gated(activation), routing.layout, rows_contiguous(dout)
+    config, tables = tile_config("dh_gated" if gated else "dh", pre), layout_tables(layout, pre.device)
+    num_tiles_n, num_slots = triton.cdiv(layout.max_width, config.BLOCK_N), routing.num_rows
+    dpre = torch.empty_like(pre)
+    act_weighted = torch.empty(routing.ragged_numel(), dtype=pre.dtype, device=pre.device)
+    partial = torch.empty(num_slots * num_tiles_n, dtype=torch.float32, device=pre.device)
+    dweights = torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=pre.device)
+    if num_slots:
+        with on_device_of(pre):
+            grouped_gemm_dh_kernel[(routing.row_blocks.shape[0] * num_tiles_n,)](
+                dout, w2, pre, topk_weights.contiguous(), dpre, act_weighted, partial,
+                dout.shape[1], dout.stride(0), *w2.stride(),
+                tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets, routing.ragged_offsets,
+                routing.row_blocks, num_tiles_n,
+                TOP_K=routing.top_k, ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated,
+                INPUT_PRECISION=input_precision(pre.dtype), WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
+                EVEN_K=dout.shape[1] % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout),
+                BLOCK_M=routing.block_m, **config._asdict(),
+            )  # fmt: skip
+            sum_partials_kernel[(triton.cdiv(num_slots, 128),)](
+                partial, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths, dweights,
+                num_slots, num_tiles_n, BLOCK_N=config.BLOCK_N, SLOTS=128,
+            )  # fmt: skip
+    return dpre, act_weighted, dweights
+
+
+def grouped_gemm_dw(
+    x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing, gathered: bool = True
+) -> None:
+    """Fill `dw (H, S)`, and `dw_up` with the second part of the ragged `d`, with the gradients `x_e^T d_e`.
+
+    x is `(T, H)`, or `(R, H)` in expert order if not `gathered`. dw has any strides (w2's gradient is given
+    transposed), dw_up has dw's.
+    """
+    x, layout = rows_contiguous(x), routing.layout
+    config, tables = tile_config("dw", x), layout_tables(layout, x.device)
+    parts = 1 if dw_up is None else 2
+    hidden_size = x.shape[1]
+    num_tiles_m, num_tiles_n = triton.cdiv(hidden_size, BLOCK_M), triton.cdiv(layout.max_width, config.BLOCK_N)
+    if num_programs := layout.num_experts * num_tiles_m * parts * num_tiles_n:
+        with on_device_of(x):
+            grouped_gemm_dw_kernel[(num_programs,)](
+                x, d, dw, dw if dw_up is None else dw_up, hidden_size, x.stride(0), *dw.stride(),
+                tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets, routing.ragged_offsets,
+                routing.expert_order, num_tiles_m, num_tiles_n,
+                TOP_K=routing.top_k, GATHER=gathered, PARTS=parts, INPUT_PRECISION=input_precision(x.dtype),
+                WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT, EVEN_M=hidden_size % BLOCK_M == 0,
+                EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M, **config._asdict(),
+            )  # fmt: skip

@@ -1,0 +1,77 @@
+"""Device helpers of the GEMM kernels: where a tile's rows and columns are, and the product itself.
+
+Inside kernels M, N, K are tile sizes and loop bounds (the number of experts a token is spelled TOP_K).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_rows(expert, block, row_offsets, BLOCK_M: tl.constexpr):
+    """A row block's first row, its first place within the expert (int64), the rows' places within the block, which
+    exist.
+
+    Rows past the expert's last repeat the last: their loads are safe and never masked, their stores are. Addresses are
+    a 64-bit start and 32-bit places within the block: half the registers of 64-bit offsets.
+    """
+    first = tl.load(row_offsets + expert)
+    count = tl.load(row_offsets + expert + 1) - first
+    start = block * BLOCK_M
+    local = tl.arange(0, BLOCK_M)
+    exists = local < count - start
+    return first + start, start.to(tl.int64), tl.minimum(local, count - start - 1), exists
+
+
+@triton.jit
+def expert_columns(expert, widths, offsets, WIDTH_ALIGN: tl.constexpr):
+    """Width of the expert and its first column in the packed weights, with what is known of their divisibility."""
+    width = tl.multiple_of(tl.load(widths + expert), WIDTH_ALIGN)
+    offset = tl.multiple_of(tl.load(offsets + expert), WIDTH_ALIGN)
+    return width, offset.to(tl.int64)
+
+
+@triton.jit
+def ragged_start(buffer, expert, start, width, ragged_offsets, PARTS: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Pointer to row `start` of the expert's `(n_e, PARTS * width)` block of a ragged buffer."""
+    return buffer + PARTS * (tl.multiple_of(tl.load(ragged_offsets + expert), ALIGNMENT) + start * width)
+
+
+@triton.jit
+def tile_dot(
+    acc, acc_up, a_rows, b_cols, b_up_cols, col_mask, size, stride_bk,
+    PAIR: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc[m, n] += sum over k < size of a_rows[m][k] * b_cols[n][k * stride_bk], all vectors of pointers.
+
+    PAIR: also acc_up from b_up_cols, with a loaded once; otherwise acc_up comes back as it was.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_rows[:, None] + offs_k[None, :]
+    b_ptrs = b_cols[None, :] + offs_k[:, None] * stride_bk
+    b_up_ptrs = b_up_cols[None, :] + offs_k[:, None] * stride_bk
+    for k in range(0, size, BLOCK_K):
+        a = tl.load(a_ptrs) if EVEN_K else tl.load(a_ptrs, mask=offs_k[None, :] < size - k, other=0)
+        acc = tl.dot(
+            a, load_b(b_ptrs, offs_k, size - k, col_mask, EVEN_K, EVEN_N), acc, input_precision=INPUT_PRECISION
+        )
+        if PAIR:
+            b_up = load_b(b_up_ptrs, offs_k, size - k, col_mask, EVEN_K, EVEN_N)
+            acc_up = tl.dot(a, b_up, acc_up, input_precision=INPUT_PRECISION)
+            b_up_ptrs += BLOCK_K * stride_bk
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K * stride_bk
+    return acc, acc_up
+
+
+@triton.jit
+def load_b(b_ptrs, offs_k, size, col_mask, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    if EVEN_K and EVEN_N:
+        return tl.load(b_ptrs)
+    elif EVEN_K:
+        return tl.load(b_ptrs, mask=col_mask[None, :], other=0)
+    else:
+        return tl.load(b_ptrs, mask=(offs_k[:, None] < size) & col_mask[None, :], other=0)

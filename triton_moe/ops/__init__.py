@@ -1,0 +1,1 @@
+"""Differentiable operators on the Triton kernels."""
