@@ -42,7 +42,7 @@ def act_fwd(z, ACTIVATION: tl.constexpr):
         return 0.5 * z * (1 + tl.erf(z * _SQRT_HALF))
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
-        return 0.5 * z * (1 + tanh(_TANH_SCALE * (z + _TANH_CUBIC * z * z * z)))
+        return 0.5 * z * (1 + tanh((z + z * z * z * _TANH_CUBIC) * _TANH_SCALE))
 
 
 @triton.jit
@@ -61,8 +61,8 @@ def act_bwd(z, ACTIVATION: tl.constexpr):
         return 0.5 * (1 + tl.erf(z * _SQRT_HALF)) + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
-        t = tanh(_TANH_SCALE * (z + _TANH_CUBIC * z * z * z))
-        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBIC * z * z)
+        t = tanh((z + z * z * z * _TANH_CUBIC) * _TANH_SCALE)
+        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * (1 + z * z * 3 * _TANH_CUBIC) * _TANH_SCALE
 
 
 @triton.jit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from triton_moe.kernels.activation import activation_bwd
 from triton_moe.kernels.gather import gather_fwd
@@ -12,6 +11,7 @@ from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dw
 from triton_moe.kernels.scatter import scatter_bwd_weights, scatter_fwd
 from triton_moe.layout import Routing
+from triton_moe.ops.first_order import first_order
 
 
 class _Gather(torch.autograd.Function):
@@ -21,7 +21,7 @@ class _Gather(torch.autograd.Function):
         return gather_fwd(x, None, routing)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, drows):
         return scatter_fwd(drows, None, ctx.routing), None
 
@@ -34,7 +34,7 @@ class _Scatter(torch.autograd.Function):
         return scatter_fwd(y, topk_weights, routing)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout):
         y, topk_weights = ctx.saved_tensors
         need_y, need_weights, _ = ctx.needs_input_grad
@@ -54,7 +54,7 @@ class _GroupedGemmUp(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout):
         x, w1, w3, pre = ctx.saved_tensors
         need_x, need_w1, need_w3 = ctx.needs_input_grad[:3]
@@ -81,7 +81,7 @@ class _GroupedGemmDown(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         x_up, w2 = ctx.saved_tensors
         dx_up = dw2 = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import route
 from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import ExpertLayout, Routing
+from triton_moe.ops.first_order import first_order
 
 
 def _forward(
@@ -35,7 +35,7 @@ class _MoEMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout):
         x, topk_weights, w1, w2, w3, pre = ctx.saved_tensors
         routing = ctx.routing

@@ -1,0 +1,29 @@
+"""Without a GPU the kernels run in Triton's interpreter, with small tiles; with one they run natively."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, hence before anything imports them
+
+KERNEL_DEVICE = "cuda" if HAS_GPU else "cpu"
+# The interpreter's bfloat16 dot is wrong, so bfloat16 is tested on GPUs alone.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16) if HAS_GPU else (torch.float32, torch.float16)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `device` runs the kernels there, one that asks for `dtype` in each dtype they take there."""
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", [pytest.param(KERNEL_DEVICE, marks=[pytest.mark.gpu] if HAS_GPU else [])])
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,112 @@
+"""moe_mlp on the kernels, output and every gradient, within the error budget of the fp64 oracle."""
+
+import functools
+
+import pytest
+import torch
+from conftest import KERNEL_DEVICE, KERNEL_DTYPES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operators import inputs_for
+
+from triton_moe import moe_mlp
+from triton_moe.activations import ACTIVATIONS
+from triton_moe.testing import CASES, SEED_CASES, Case, check_against_oracle, make_inputs, poison_empty, run
+
+kernels = functools.partial(moe_mlp, backend="triton")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_cases(case: Case, device: str, dtype: torch.dtype) -> None:
+    with poison_empty():
+        check_against_oracle(kernels, inputs_for(case, dtype, device))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str, device: str, dtype: torch.dtype) -> None:
+    case = Case(21, 24, (16, 5, 0, 33), 3, activation, reason="every activation")
+    with poison_empty():
+        check_against_oracle(kernels, inputs_for(case, dtype, device))
+
+
+def test_gradient_of_narrow_weights_is_narrow(device: str, dtype: torch.dtype) -> None:
+    case = Case(21, 24, (16, 5, 0, 33), 3, "swiglu", reason="weights in x's dtype")
+    inputs = inputs_for(case, dtype, device, weights_dtype=dtype)
+    assert run(kernels, inputs)["dtopk_weights"].dtype == dtype
+    check_against_oracle(kernels, inputs)
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_only_what_is_asked_for(frozen: int, device: str) -> None:
+    """One operand at a time needs no gradient; the others' are what they were."""
+    inputs = inputs_for(Case(21, 24, (16, 5, 0, 33), 3, "swiglu", reason="frozen"), torch.float32, device)
+    everything = run(kernels, inputs)
+    names = ("dx", "dtopk_weights", "dw1", "dw2", "dw3")
+    operands = [t.clone() for t in (inputs.x, inputs.topk_weights, inputs.w1, inputs.w2, inputs.w3) if t is not None]
+    for i, operand in enumerate(operands):
+        operand.requires_grad_(i != frozen)
+    x, topk_weights, w1, w2, w3 = operands
+    kernels(x, topk_weights, inputs.topk_ids, w1, w2, w3, layout=inputs.layout, activation="swiglu").backward(
+        inputs.dout
+    )
+    for i, (name, operand) in enumerate(zip(names, operands, strict=True)):
+        if i == frozen:
+            assert operand.grad is None
+        else:
+            assert torch.equal(operand.grad, everything[name]), name
+
+
+def test_expanded_output_gradient(device: str, dtype: torch.dtype) -> None:
+    """`out.sum().backward()` hands down a gradient of strides 0."""
+    inputs = inputs_for(Case(21, 24, (16, 5, 0, 33), 3, "swiglu", reason="sum"), dtype, device)
+    ones = torch.ones_like(inputs.dout)
+    expected = run(kernels, inputs.__class__(**{**vars(inputs), "dout": ones}))
+    actual = run(kernels, inputs.__class__(**{**vars(inputs), "dout": ones[:1, :1].expand_as(ones)}))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_backward_may_run_again_but_has_no_backward(device: str) -> None:
+    inputs = inputs_for(Case(9, 8, (8, 5), 2, "silu", reason="graph"), torch.float32, device)
+    x = inputs.x.clone().requires_grad_()
+    out = kernels(
+        x, inputs.topk_weights, inputs.topk_ids, inputs.w1, inputs.w2, layout=inputs.layout, activation="silu"
+    )
+    first, second = (torch.autograd.grad(out, x, inputs.dout, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(out, x, inputs.dout, create_graph=True)
+
+
+def test_two_runs_agree_bit_for_bit(device: str, dtype: torch.dtype) -> None:
+    inputs = inputs_for(Case(50, 24, (16, 5, 0, 33), 3, "swiglu", reason="determinism"), dtype, device)
+    first, second = run(kernels, inputs), run(kernels, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+ROUTINGS = ("random", "one expert", "dropped", "repeated")
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_random_layouts_and_routings(data: st.DataObject) -> None:
+    """Any widths, any routing, any shape: the kernels stay within the budget, forward and backward."""
+    widths = data.draw(
+        st.lists(st.sampled_from([0, 1, 3, 8, 16, 17, 33]), min_size=1, max_size=6).filter(any), "widths"
+    )
+    case = Case(
+        num_tokens=data.draw(st.integers(0, 24), "num_tokens"),
+        hidden_size=data.draw(st.integers(1, 34), "hidden_size"),
+        widths=tuple(widths),
+        top_k=data.draw(st.integers(1, len(widths)), "top_k"),
+        activation=data.draw(st.sampled_from(ACTIVATIONS), "activation"),
+        routing=data.draw(st.sampled_from(ROUTINGS), "routing"),
+        reason="drawn",
+    )
+    dtype, seed = data.draw(st.sampled_from(KERNEL_DTYPES), "dtype"), data.draw(st.integers(0, 2**16), "seed")
+    check_against_oracle(kernels, make_inputs(case, dtype, KERNEL_DEVICE, seed=seed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SEED_CASES, ids=lambda case: case.reason)
+def test_seed_cases(case: Case, dtype: torch.dtype) -> None:
+    check_against_oracle(kernels, inputs_for(case, dtype, "cuda"))

@@ -1,0 +1,91 @@
+"""The kernels compile for GPUs that are not here, within their shared memory, without spilling registers much.
+
+In a process of its own, because here the kernels are made for the interpreter. A stand-in driver names the target, and
+the launchers run as they are up to the launch itself, so what is compiled is what users get.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_MEMORY = {86: 99, 90: 227}  # KB a program may use; 86 has the least of all from 8.0 on (CUDA programming guide)
+
+PROGRAM = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+capability = int(sys.argv[1])
+
+class Utils:
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+class Driver:
+    utils = Utils()
+    get_current_target = lambda self: GPUTarget("cuda", capability, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_active_torch_device = lambda self: torch.device("cpu")
+    map_python_to_cpp_type = lambda self, kind: kind
+
+driver.set_active(Driver())
+compiled = []
+run = jit.JITFunction.run
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=(1,), warmup=True, **options)
+    compiled.append((self.__name__, kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async")))
+
+jit.JITFunction.run = compile_only
+
+from triton_moe import ExpertLayout
+from triton_moe.kernels import config
+from triton_moe.ops import building_blocks, moe_mlp
+
+config.capability = lambda device: divmod(capability, 10)
+
+def empty(*shape):
+    return torch.zeros(*shape, dtype=dtype, requires_grad=True)
+
+for dtype, activation, widths, H in (
+    (torch.bfloat16, "swiglu", (256, 512), 768),
+    (torch.bfloat16, "gelu", (256, 100, 0), 100),
+    (torch.float32, "swiglu", (256,), 64),
+):
+    layout, gated = ExpertLayout(widths), activation == "swiglu"
+    x, w1, w2, w3 = empty(64, H), empty(H, layout.total_width), empty(layout.total_width, H), empty(H,
+    layout.total_width) ids, weights = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(64, 2, requires_grad=True)
+    operands = (x, weights, ids, w1, w2, w3 if gated else None)
+    moe_mlp.moe_mlp(*operands, layout=layout, activation=activation).sum().backward()
+    routing = moe_mlp.route(ids, layout)
+    building_blocks.gather(x, routing=routing).sum().backward()
+    x_up = building_blocks.grouped_gemm_up(x, w1, w3 if gated else None, routing=routing, activation=activation)
+    y = building_blocks.grouped_gemm_down(x_up, w2, routing=routing)
+    building_blocks.scatter(y, weights, routing=routing).sum().backward()
+print(json.dumps(compiled))
+"""
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_compiles_within_shared_memory(capability: int) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", PROGRAM, str(capability)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    compiled = json.loads(result.stdout)
+    names = {name for name, _, _ in compiled}
+    assert {f"grouped_gemm_{name}_kernel" for name in ("up_fwd", "down_fwd", "dh", "dw")} <= names
+    assert {"route_count_kernel", "route_place_kernel", "gather_fwd_kernel", "scatter_fwd_kernel"} <= names
+    assert {"activation_bwd_kernel", "scatter_bwd_weights_kernel", "sum_partials_kernel"} <= names
+    assert [(name, shared) for name, shared, _ in compiled if shared > 1024 * SHARED_MEMORY[capability]] == []
+    if capability == 90:
+        gemms = {name for name, _, _ in compiled if name.startswith("grouped_gemm")}
+        assert {name for name, _, wgmma in compiled if wgmma} == gemms

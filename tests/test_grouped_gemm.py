@@ -1,0 +1,86 @@
+"""grouped_gemm_up and grouped_gemm_down against the oracle, each alone and composed, in either weight orientation."""
+
+import pytest
+import torch
+from operators import check_operator, inputs_for, routings, unit
+from torch import Tensor
+from triton_moe.testing import CASES, Case, Inputs, check_against_oracle
+
+from triton_moe import reference
+from triton_moe.activations import ACTIVATIONS, is_gated
+from triton_moe.kernels import grouped_gemm_down_autograd, grouped_gemm_up_autograd, scatter_autograd
+from triton_moe.layout import Routing
+
+BASE = next(case for case in CASES if case.routing == "random" and case.num_tokens > 8)
+
+
+def live(buffer: Tensor, routing: Routing) -> Tensor:
+    """The buffer with zeros between the experts' blocks, as the oracle's buffers have."""
+    kept = torch.zeros_like(buffer)
+    for e in range(routing.layout.num_experts):
+        routing.ragged_block(kept, e).copy_(routing.ragged_block(buffer, e))
+    return kept
+
+
+def up_operands(inputs: Inputs) -> list[Tensor]:
+    return [inputs.x, inputs.w1] if inputs.w3 is None else [inputs.x, inputs.w1, inputs.w3]
+
+
+def check_up(inputs: Inputs, operands: list[Tensor]) -> None:
+    _, routing = routings(inputs)
+    dout = live(unit((routing.ragged_numel(),), inputs.x), routing)
+    check_operator("grouped_gemm_up", operands, dout, inputs, activation=inputs.activation)
+
+
+def check_down(inputs: Inputs, w2: Tensor) -> None:
+    _, routing = routings(inputs)
+    x_up = live(unit((routing.ragged_numel(),), inputs.x, seed=3), routing)
+    dout = unit((routing.num_rows, w2.shape[1]), inputs.x)
+    check_operator("grouped_gemm_down", [x_up, w2], dout, inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_up(case: Case, device: str, dtype: torch.dtype) -> None:
+    inputs = inputs_for(case, dtype, device)
+    check_up(inputs, up_operands(inputs))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_down(case: Case, device: str, dtype: torch.dtype) -> None:
+    inputs = inputs_for(case, dtype, device)
+    check_down(inputs, inputs.w2)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str, device: str, dtype: torch.dtype) -> None:
+    case = Case(13, 24, (16, 5, 0, 33), 2, activation, reason="every activation")
+    inputs = inputs_for(case, dtype, device)
+    assert (inputs.w3 is not None) == is_gated(activation)
+    check_up(inputs, up_operands(inputs))
+
+
+def test_transposed_weights(device: str, dtype: torch.dtype) -> None:
+    """Weights that lie the other way round in memory, w3 unlike w1."""
+    case = Case(13, 24, (16, 5, 0, 33), 2, "swiglu", reason="orientation")
+    inputs = inputs_for(case, dtype, device)
+    assert inputs.w3 is not None
+    check_up(inputs, [inputs.x, inputs.w1.t().contiguous().t(), inputs.w3])
+    check_up(inputs, [inputs.x, inputs.w1.t().contiguous().t(), inputs.w3.t().contiguous().t()])
+    check_down(inputs, inputs.w2.t().contiguous().t())
+
+
+@pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
+def test_building_blocks_compose_to_the_layer(activation: str, device: str, dtype: torch.dtype) -> None:
+    """up, down and scatter one after the other, each with its own backward, are moe_mlp."""
+    case = Case(21, 24, (16, 5, 0, 33), 3, activation, reason="composition")
+
+    def composed(x, topk_weights, topk_ids, w1, w2, w3=None, *, layout, activation):
+        if x.dtype == torch.float64:
+            return reference.moe_mlp(x, topk_weights, topk_ids, w1, w2, w3, layout=layout, activation=activation)
+        routing, _ = routings(inputs)
+        x_up = grouped_gemm_up_autograd(x, w1, w3, routing=routing, activation=activation)
+        x_down = grouped_gemm_down_autograd(x_up, w2, routing=routing)
+        return scatter_autograd(x_down, topk_weights, routing=routing)
+
+    inputs = inputs_for(case, dtype, device)
+    check_against_oracle(composed, inputs)

@@ -1,0 +1,35 @@
+"""scatter against the oracle: weighted sum over K, gradients of rows and weights."""
+
+import pytest
+import torch
+from operators import check_operator, inputs_for, routings, unit
+from triton_moe.testing import CASES, Case
+
+from triton_moe import functional
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_scatter(case: Case, device: str, dtype: torch.dtype) -> None:
+    inputs = inputs_for(case, dtype, device)
+    y = unit((case.num_tokens * case.top_k, case.hidden_size), inputs.x, seed=2)
+    check_operator("scatter", [y, inputs.topk_weights], inputs.dout, inputs)
+
+
+def test_weights_in_the_dtype_of_x(device: str, dtype: torch.dtype) -> None:
+    inputs = inputs_for(CASES[-1], dtype, device, weights_dtype=dtype)
+    y = unit((inputs.topk_ids.numel(), inputs.x.shape[1]), inputs.x, seed=2)
+    check_operator("scatter", [y, inputs.topk_weights], inputs.dout, inputs)
+
+
+def test_rows_without_a_slot_are_never_read(device: str) -> None:
+    """A dropped slot's weight and the rows past the last may hold NaN."""
+    case = next(case for case in CASES if (inputs_for(case, torch.float32, "cpu").topk_ids == len(case.widths)).any())
+    inputs = inputs_for(case, torch.float32, device)
+    routing, _ = routings(inputs)
+    dropped = routing.slot_to_row < 0
+    y = torch.ones(routing.num_rows, 5, device=device)
+    y[routing.row_to_slot < 0] = torch.nan
+    weights = inputs.topk_weights.masked_fill(dropped, torch.nan)
+    out = functional.scatter(y, weights, routing=routing)
+    expected = inputs.topk_weights.masked_fill(dropped, 0).sum(1, keepdim=True).expand(-1, 5)
+    torch.testing.assert_close(out, expected)
