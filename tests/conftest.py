@@ -15,10 +15,10 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16) if HAS_GPU else (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for `device` runs the kernels there, one that asks for `dtype` in each dtype they take there."""
+    """A test that asks for `device` runs the kernels there, one that also asks for `dtype` in each dtype they take."""
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", [pytest.param(KERNEL_DEVICE, marks=[pytest.mark.gpu] if HAS_GPU else [])])
-    if "dtype" in metafunc.fixturenames:
+    if {"device", "dtype"} <= set(metafunc.fixturenames):
         metafunc.parametrize("dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

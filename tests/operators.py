@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton_moe.testing import Case, Inputs, assert_within_budget, make_inputs, poison_empty
 
 from triton_moe import functional, reference
 from triton_moe.layout import Routing
+from triton_moe.testing import Case, Inputs, assert_within_budget, make_inputs, poison_empty
 
 
 def routings(inputs: Inputs) -> tuple[Routing, Routing]:

@@ -7,8 +7,8 @@ import torch
 from conftest import KERNEL_DEVICE, KERNEL_DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operators import inputs_for
 
+from operators import inputs_for
 from triton_moe import moe_mlp
 from triton_moe.activations import ACTIVATIONS
 from triton_moe.testing import CASES, SEED_CASES, Case, check_against_oracle, make_inputs, poison_empty, run
@@ -108,5 +108,5 @@ def test_random_layouts_and_routings(data: st.DataObject) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SEED_CASES, ids=lambda case: case.reason)
-def test_seed_cases(case: Case, dtype: torch.dtype) -> None:
-    check_against_oracle(kernels, inputs_for(case, dtype, "cuda"))
+def test_seed_cases(case: Case, device: str, dtype: torch.dtype) -> None:
+    check_against_oracle(kernels, inputs_for(case, dtype, device))

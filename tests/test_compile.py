@@ -48,6 +48,7 @@ jit.JITFunction.run = compile_only
 
 from triton_moe import ExpertLayout
 from triton_moe.kernels import config
+from triton_moe.kernels.route import route
 from triton_moe.ops import building_blocks, moe_mlp
 
 config.capability = lambda device: divmod(capability, 10)
@@ -61,11 +62,12 @@ for dtype, activation, widths, H in (
     (torch.float32, "swiglu", (256,), 64),
 ):
     layout, gated = ExpertLayout(widths), activation == "swiglu"
-    x, w1, w2, w3 = empty(64, H), empty(H, layout.total_width), empty(layout.total_width, H), empty(H,
-    layout.total_width) ids, weights = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(64, 2, requires_grad=True)
-    operands = (x, weights, ids, w1, w2, w3 if gated else None)
-    moe_mlp.moe_mlp(*operands, layout=layout, activation=activation).sum().backward()
-    routing = moe_mlp.route(ids, layout)
+    S = layout.total_width
+    x, w1, w2, w3 = empty(64, H), empty(H, S), empty(S, H), empty(H, S)
+    ids, weights = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(64, 2, requires_grad=True)
+    routing = route(ids, layout)
+    operands = (x, weights, w1, w2, w3 if gated else None)
+    moe_mlp.moe_mlp(*operands, routing=routing, activation=activation).sum().backward()
     building_blocks.gather(x, routing=routing).sum().backward()
     x_up = building_blocks.grouped_gemm_up(x, w1, w3 if gated else None, routing=routing, activation=activation)
     y = building_blocks.grouped_gemm_down(x_up, w2, routing=routing)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from operators import inputs_for
-from triton_moe.testing import CASES, Case, poison_empty
 
+from operators import inputs_for
 from triton_moe import ExpertLayout, moe_mlp, reference
+from triton_moe.testing import CASES, Case, poison_empty
 
 CASE = Case(21, 24, (16, 5, 0, 33), 3, "swiglu", reason="the usual")
 

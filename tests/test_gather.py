@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from operators import check_operator, inputs_for, unit
 from triton_moe.testing import CASES, Case
 

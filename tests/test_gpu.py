@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from operators import inputs_for
 
+from operators import inputs_for
 from triton_moe import ExpertLayout, MoEConfig, MoEMLP, moe_mlp
 from triton_moe.testing import Case, Inputs, run
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from operators import check_operator, inputs_for, routings, unit
 from torch import Tensor
-from triton_moe.testing import CASES, Case, Inputs, check_against_oracle
 
+from operators import check_operator, inputs_for, routings, unit
 from triton_moe import reference
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.kernels import grouped_gemm_down_autograd, grouped_gemm_up_autograd, scatter_autograd
 from triton_moe.layout import Routing
+from triton_moe.testing import CASES, Case, Inputs, check_against_oracle
 
 BASE = next(case for case in CASES if case.routing == "random" and case.num_tokens > 8)
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from operators import inputs_for, routings
-from triton_moe.testing import CASES, Case, poison_empty
 
+from operators import inputs_for, routings
 from triton_moe import functional, reference
 from triton_moe.layout import ExpertLayout, Routing
+from triton_moe.testing import CASES, Case, poison_empty
 
 FIELDS = ("counts", "row_offsets", "ragged_offsets", "row_to_slot", "slot_to_row", "expert_order")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from operators import check_operator, inputs_for, routings, unit
-from triton_moe.testing import CASES, Case
 
+from operators import check_operator, inputs_for, routings, unit
 from triton_moe import functional
+from triton_moe.testing import CASES, Case
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)

@@ -115,6 +115,7 @@ def moe_mlp(
     *,
     layout: ExpertLayout,
     activation: str = "relu_squared",
+    routing: Routing | None = None,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
     b3: Tensor | None = None,
@@ -137,6 +138,7 @@ def moe_mlp(
         w2: `(S, H)`, likewise.
         layout: the experts' widths and offsets.
         activation: one of `triton_moe.activations.ACTIVATIONS`.
+        routing: `route(topk_ids, layout)`, if the caller has made it already, for the counts of it perhaps.
         backend: "triton" (CUDA, compute capability 8.0 or later), "torch" (any device), or "auto": the first that can.
         b1, b2, b3, activation_memory, recompute: reserved; anything but the default raises.
 
@@ -161,12 +163,24 @@ def moe_mlp(
     num_tokens = x.shape[:-1].numel()
     _check(topk_ids.shape[0] == num_tokens, "topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
 
-    tokens = x if x.dim() == 2 else x.reshape(num_tokens, hidden_size)
-    if _runs_kernels(x.device, x.dtype, backend):
+    on_kernels = _runs_kernels(x.device, x.dtype, backend)
+    if routing is None:
+        routing = route(topk_ids, layout, backend="triton" if on_kernels else "torch")
+    else:
+        _check(isinstance(routing, Routing), "routing", "a Routing", type(routing).__name__)
+        _check(
+            routing.topk_ids is topk_ids and routing.layout == layout,
+            "routing",
+            "that of topk_ids and layout",
+            "another",
+        )
+        _check(routing.block_m > 0 or not on_kernels, "routing", "one made on the kernels' backend", "one made without")
+    if on_kernels:
         from triton_moe.ops.moe_mlp import moe_mlp as run
     else:
         run = torch_backend.moe_mlp
-    out = run(tokens, topk_weights, topk_ids, w1, w2, w3, layout=layout, activation=activation)
+    tokens = x if x.dim() == 2 else x.reshape(num_tokens, hidden_size)
+    out = run(tokens, topk_weights, w1, w2, w3, routing=routing, activation=activation)
     return out if x.dim() == 2 else out.view(x.shape)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
-from triton_moe.functional import BACKENDS, moe_mlp
+from triton_moe.functional import BACKENDS, moe_mlp, route
 from triton_moe.layout import ExpertLayout
 from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, router_z_loss
 from triton_moe.router import ROUTERS, route_tokens
@@ -50,7 +50,7 @@ class MoEConfig:
     normalize_weights: bool = True
     """Whether a token's K weights are divided by their sum."""
     aux_losses: bool = True
-    """Whether the auxiliary losses are computed; if not, zeros stand in their places."""
+    """Whether the auxiliary losses and the logits' statistics are computed; if not, zeros stand in their places."""
     backend: str = "auto"
     """One of `triton_moe.functional.BACKENDS`."""
     n_embd: InitVar[int | None] = None
@@ -85,6 +85,10 @@ class MoEConfig:
     @cached_property
     def layout(self) -> ExpertLayout:
         return ExpertLayout.from_sizes(self.expert_sizes)
+
+
+AUX = ("router_z_loss", "load_balance_loss", "compute_loss", "router_logits_abs_max", "router_logits_mean")
+"""Keys of the second thing that a layer returns."""
 
 
 class MoEMLP(nn.Module):
@@ -160,6 +164,7 @@ class MoEMLP(nn.Module):
             router=config.router,
             normalize_weights=config.normalize_weights,
         )
+        routing = route(topk_ids, self.layout, backend=config.backend)
         out = moe_mlp(
             tokens,
             topk_weights,
@@ -169,29 +174,22 @@ class MoEMLP(nn.Module):
             self.w3,
             layout=self.layout,
             activation=config.activation,
+            routing=routing,
             backend=config.backend,
         )
-        f = _slot_fractions(topk_ids, self.layout.num_experts, probs.dtype)
+        f = routing.counts.to(probs.dtype) / max(routing.num_rows, 1)
         return out.view(x.shape), self._aux(logits, probs, f), f.to(x.dtype)
 
     def _aux(self, logits: Tensor, probs: Tensor, f: Tensor) -> dict[str, Tensor]:
+        raw = logits.detach()
+        zero = raw.new_zeros(())
+        losses, statistics = (zero,) * 3, (zero,) * 2
         if self.config.aux_losses:
             p = mean_over_tokens(probs)
-            z, balance, cost = router_z_loss(logits), load_balance_loss(p, f, self.layout), compute_loss(p, self.layout)
-        else:
-            z, balance, cost = logits.new_zeros(3).unbind()
-        raw = logits.detach()
-        if raw.numel():
-            abs_max, mean = torch.linalg.vector_norm(raw, torch.inf), raw.mean()
-        else:
-            abs_max, mean = raw.new_zeros(2).unbind()
-        return {
-            "router_z_loss": z,
-            "load_balance_loss": balance,
-            "compute_loss": cost,
-            "router_logits_abs_max": abs_max,
-            "router_logits_mean": mean,
-        }
+            losses = (router_z_loss(logits), load_balance_loss(p, f, self.layout), compute_loss(p, self.layout))
+            if raw.numel():
+                statistics = (torch.linalg.vector_norm(raw, torch.inf), raw.mean())
+        return dict(zip(AUX, (*losses, *statistics), strict=True))
 
     def _check_input(self, x: Tensor) -> None:
         H, weight = self.config.hidden_size, self.w1
@@ -209,11 +207,3 @@ class MoEMLP(nn.Module):
             f"{experts}, num_active_experts={config.num_active_experts}, hidden_size={config.hidden_size}, "
             f"activation={config.activation}, router={config.router}"
         )
-
-
-def _slot_fractions(topk_ids: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
-    """`(E)`: how many of the slots chose each expert, over their number. Integer sums, hence the same at every run."""
-    slots = topk_ids.flatten()
-    # Not bincount, which waits for the device.
-    counts = slots.new_zeros(num_experts).scatter_add_(0, slots, torch.ones_like(slots))
-    return counts.to(dtype) / max(slots.numel(), 1)

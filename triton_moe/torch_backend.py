@@ -113,15 +113,13 @@ def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
 def moe_mlp(
     x: Tensor,
     topk_weights: Tensor,
-    topk_ids: Tensor,
     w1: Tensor,
     w2: Tensor,
     w3: Tensor | None = None,
     *,
-    layout: ExpertLayout,
-    activation: str = "relu_squared",
+    routing: Routing,
+    activation: str,
 ) -> Tensor:
-    """The whole layer on `x (T, H)`: route, up, down, scatter."""
-    routing = route(topk_ids, layout)
+    """The whole layer on `x (T, H)`: up, down, scatter."""
     x_up = grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
     return scatter(grouped_gemm_down(x_up, w2, routing=routing), topk_weights, routing=routing)

@@ -1,4 +1,4 @@
-"""The whole layer on the kernels: five launches forward, one autograd node, only the gradients that are asked for."""
+"""The layer on the kernels: three launches after the routing's two, one autograd node, no gradient nobody asked for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from torch import Tensor
 
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
-from triton_moe.kernels.route import route
 from triton_moe.kernels.scatter import scatter_fwd
-from triton_moe.layout import ExpertLayout, Routing
+from triton_moe.layout import Routing
 from triton_moe.ops.first_order import first_order
 
 
@@ -58,11 +57,16 @@ class _MoEMLP(torch.autograd.Function):
 
 
 def moe_mlp(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None = None, *,
-    layout: ExpertLayout, activation: str,
-) -> Tensor:  # fmt: skip
-    """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)`."""
-    routing = route(topk_ids, layout)
+    x: Tensor,
+    topk_weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor | None = None,
+    *,
+    routing: Routing,
+    activation: str,
+) -> Tensor:
+    """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)` and the routing made."""
     operands = (x, topk_weights, w1, w2, w3)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         return _MoEMLP.apply(*operands, routing, activation)  # type: ignore[return-value]
