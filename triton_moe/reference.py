@@ -1,154 +1,209 @@
-"""The oracle: every operator as its definition, a loop over experts in plain PyTorch.
+"""The oracle: every operator, and the whole function, as a loop over experts that reads like the definition.
 
-Any float dtype, any device, differentiable by autograd; run in float64 it is what the kernels are measured against, run
-in their dtype it says what rounding alone costs. It shares nothing with them but `layout`, and reads back to the host
-freely.
+Plain PyTorch in any float dtype on any device, differentiable by autograd. In fp64 it is the truth the kernels are
+measured against; in their own dtype it is the plain computation whose error sets their budget. It is meant to be read,
+not to be fast: the row counts come back to the host.
 
-Letters: T tokens, H hidden size, E experts, K experts a token, R = T*K slots, I_e width of expert e, S = sum(I_e), n_e
-rows of expert e. Operators have the names and the arguments of the kernels'.
+Letters: `T` tokens, `H` hidden size, `E` experts, `K` experts per token, `R = T*K` slots, `I_e` width of expert e,
+`S = sum(I_e)`, `n_e` rows of expert e. Slots, rows and the ragged buffer are those of `triton_moe.layout`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu_squared": lambda z: torch.relu(z) * torch.relu(z),  # Primer, So et al. 2021, arXiv:2109.08668
+    "relu_squared": lambda h: torch.relu(h).square(),
     "relu": torch.relu,
-    "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / 2**0.5)),  # Hendrycks and Gimpel 2016, arXiv:1606.08415
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": lambda z: z * torch.sigmoid(z),
-    "none": lambda z: z,
+    "gelu": lambda h: 0.5 * h * (1 + torch.erf(h / math.sqrt(2))),
+    "gelu_tanh": lambda h: 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))),
+    "silu": lambda h: h * torch.sigmoid(h),
+    "none": lambda h: h,
 }
-GATED = {  # Shazeer 2020, arXiv:2002.05202
+"""`a = act(h)`. relu_squared: So et al. 2021, "Primer"; gelu, its tanh form and silu: Hendrycks and Gimpel 2016,
+"Gaussian Error Linear Units". relu and relu_squared have derivative 0 at 0."""
+
+GATED: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": PLAIN["silu"],
     "geglu": PLAIN["gelu"],
     "geglu_tanh": PLAIN["gelu_tanh"],
     "reglu": PLAIN["relu"],
 }
+"""`a = act(gate) * up`: Shazeer 2020, "GLU Variants Improve Transformer"."""
+
+
+def _is_gated(activation: str) -> bool:
+    if activation not in PLAIN and activation not in GATED:
+        raise ValueError(f"activation: expected one of {', '.join((*PLAIN, *GATED))}, got {activation!r}")
+    return activation in GATED
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What a sum or an elementwise formula is evaluated in before its one rounding to `dtype`: fp32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows_of(routing: Routing, expert: int) -> slice:
+    first, last = routing.row_offsets[expert : expert + 2].tolist()
+    return slice(first, last)
 
 
 def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
-    """`topk_ids (T, K)` -> `Routing` without a tile schedule. Ids outside [0, E) drop their slots."""
-    ids = topk_ids.flatten().tolist()
-    counts = [0] * layout.num_experts
-    slots: list[list[int]] = [[] for _ in layout.widths]
-    for slot, e in enumerate(ids):
-        if 0 <= e < layout.num_experts:
-            counts[e] += 1
-            if layout.widths[e]:
-                slots[e].append(slot)
-    row_to_slot = [slot for slots_e in slots for slot in slots_e]
-    slot_to_row = [-1] * len(ids)
+    """Sort the slots of `topk_ids (T, K)`, of any integer dtype, by expert: a `Routing` without a tile schedule.
+
+    Ids outside `0 <= id < E` are dropped. A null expert's slots are counted, but have no rows.
+    """
+    num_experts, num_slots = layout.num_experts, topk_ids.numel()
+    counts = [0] * num_experts
+    slots_of: list[list[int]] = [[] for _ in range(num_experts)]
+    for slot, expert in enumerate(topk_ids.flatten().tolist()):
+        if 0 <= expert < num_experts:
+            counts[expert] += 1
+            if layout.widths[expert] > 0:
+                slots_of[expert].append(slot)
+
+    row_offsets, ragged_offsets, row_to_slot = [0], [0], []
+    for slots, width in zip(slots_of, layout.widths, strict=True):
+        row_to_slot += slots
+        row_offsets.append(len(row_to_slot))
+        ragged_offsets.append(ragged_offsets[-1] + math.ceil(len(slots) * width / RAGGED_ALIGNMENT) * RAGGED_ALIGNMENT)
+    slot_to_row = [-1] * num_slots
     for row, slot in enumerate(row_to_slot):
         slot_to_row[slot] = row
-    row_offsets, ragged_offsets = [0], [0]
-    for slots_e, width in zip(slots, layout.widths, strict=True):
-        row_offsets.append(row_offsets[-1] + len(slots_e))
-        blocks = -(-len(slots_e) * width // RAGGED_ALIGNMENT)
-        ragged_offsets.append(ragged_offsets[-1] + blocks * RAGGED_ALIGNMENT)
+    row_to_slot += [-1] * (num_slots - len(row_to_slot))
 
-    def table(values: list, dtype: torch.dtype = torch.int32) -> Tensor:
+    def tensor(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=topk_ids.device)
 
     return Routing(
         layout=layout,
         topk_ids=topk_ids,
-        counts=table(counts),
-        row_offsets=table(row_offsets),
-        ragged_offsets=table(ragged_offsets, torch.int64),
-        row_to_slot=table(row_to_slot + [-1] * (len(ids) - len(row_to_slot))),
-        slot_to_row=table(slot_to_row).view(topk_ids.shape),
-        row_blocks=table([]).view(0, 2),
-        expert_order=table(sorted(range(layout.num_experts), key=lambda e: -len(slots[e]))),
+        counts=tensor(counts),
+        row_offsets=tensor(row_offsets),
+        ragged_offsets=tensor(ragged_offsets, torch.int64),
+        row_to_slot=tensor(row_to_slot),
+        slot_to_row=tensor(slot_to_row).view(topk_ids.shape),
+        row_blocks=tensor([]).view(0, 2),
+        expert_order=tensor(sorted(range(num_experts), key=lambda expert: -len(slots_of[expert]))),
         block_m=0,
     )
 
 
 def gather(x: Tensor, *, routing: Routing) -> Tensor:
-    """`x (T, H)` -> `(R, H)`: each row's token, zeros past the last row."""
-    slots = [slot for slot in routing.row_to_slot.tolist() if slot >= 0]
-    rows = x[torch.tensor(slots, dtype=torch.long, device=x.device) // routing.top_k]
-    return F.pad(rows, (0, 0, 0, routing.num_rows - len(slots)))
+    """`x (T, H)` -> `(R, H)`: each slot's token, rows in expert order, zeros past the last row."""
+    used = slice(0, int(routing.row_offsets[-1]))
+    rows = x.new_zeros(routing.num_rows, x.shape[1])
+    rows[used] = x[routing.row_to_slot[used].long() // routing.top_k]
+    return rows
 
 
 def pre_activation(x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing) -> Tensor:
-    """`x (T, H)`, w1 and w3 `(H, S)` -> ragged buffer of `[x_e w1_e | x_e w3_e]`, or of `x_e w1_e` without w3."""
-    x_gathered = gather(x, routing=routing)
-    blocks = []
-    for e in range(routing.layout.num_experts):
-        rows, columns = _rows(routing, e), routing.layout.columns(e)
-        halves = [x_gathered[rows] @ w[:, columns] for w in (w1, w3) if w is not None]
-        blocks.append(torch.cat(halves, dim=1))
-    return _ragged(blocks, routing, parts=1 if w3 is None else 2)
+    """`h = x w1_e`, or the halves `(x w1_e, x w3_e)` of a gated MLP, for every row of every expert.
+
+    `x (T, H)`, `w1` and `w3` `(H, S)` -> the flat ragged buffer of 1 part, or of 2 with w3: gate half, then up half, in
+    each row. Zeros between the blocks.
+    """
+    parts = 1 if w3 is None else 2
+    rows = gather(x, routing=routing)
+    pre = x.new_zeros(routing.ragged_numel(parts))
+    for expert in range(routing.layout.num_experts):
+        columns = routing.layout.columns(expert)
+        x_e = rows[_rows_of(routing, expert)]
+        halves = [x_e @ w[:, columns] for w in (w1, w3) if w is not None]
+        routing.ragged_block(pre, expert, parts).copy_(torch.cat(halves, dim=1))
+    return pre
 
 
 def activation(pre: Tensor, *, routing: Routing, activation: str) -> Tensor:
-    """Ragged pre-activation -> ragged activation: `act(h)`, gated `act(gate) * up`. ValueError on an unknown name."""
-    if activation not in PLAIN and activation not in GATED:
-        raise ValueError(f"activation: expected one of {', '.join([*PLAIN, *GATED])}, got {activation!r}")
-    blocks = []
-    for e, width in enumerate(routing.layout.widths):
-        if activation in GATED:
-            h = routing.ragged_block(pre, e, parts=2)
-            blocks.append(GATED[activation](h[:, :width]) * h[:, width:])
-        else:
-            blocks.append(PLAIN[activation](routing.ragged_block(pre, e)))
-    return _ragged(blocks, routing)
+    """`act(h)`, or `act(gate) * up`, of the flat ragged buffer from `pre_activation` -> one of 1 part.
+
+    Evaluated in fp32 or wider and rounded once, as PyTorch's own elementwise functions are. Zeros between the blocks.
+    Raises ValueError on an unknown activation.
+    """
+    gated = _is_gated(activation)
+    a = pre.new_zeros(routing.ragged_numel())
+    for expert, width in enumerate(routing.layout.widths):
+        h = routing.ragged_block(pre, expert, 2 if gated else 1).to(_wide(pre.dtype))
+        block = GATED[activation](h[:, :width]) * h[:, width:] if gated else PLAIN[activation](h)
+        routing.ragged_block(a, expert).copy_(block)
+    return a
 
 
-_act = activation  # the name is taken where it is also the argument's
+_activate = activation  # the operator, where an argument has its name
 
 
 def grouped_gemm_up(
     x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing, activation: str = "relu_squared"
 ) -> Tensor:
-    """`x (T, H)`, w1 and w3 `(H, S)` -> ragged activation of every routed row."""
-    pre = pre_activation(x, w1, w3, routing=routing)
-    return _act(pre, routing=routing, activation=activation)
+    """`act(x w1_e)`, gated `act(x w1_e) * (x w3_e)`: `x (T, H)`, `w1` and `w3` `(H, S)` -> a flat ragged buffer.
+
+    Raises ValueError on an unknown activation, or if w3 is missing for a gated one or given for another.
+    """
+    gated = _is_gated(activation)
+    if gated != (w3 is not None):
+        expected = "the up weights of a gated activation" if gated else "None with an activation that is not gated"
+        raise ValueError(f"w3: expected {expected}, got {None if w3 is None else 'a tensor'}")
+    return _activate(pre_activation(x, w1, w3, routing=routing), routing=routing, activation=activation)
 
 
 def grouped_gemm_down(x_up: Tensor, w2: Tensor, *, routing: Routing) -> Tensor:
-    """Ragged activation, w2 `(S, H)` -> `(R, H)`, rows in expert order, zeros past the last row."""
-    rows = [routing.ragged_block(x_up, e) @ w2[routing.layout.columns(e)] for e in range(routing.layout.num_experts)]
-    y = torch.cat(rows)
-    return F.pad(y, (0, 0, 0, routing.num_rows - len(y)))
+    """`y = a w2_e`: the flat ragged buffer of activations and `w2 (S, H)` -> `(R, H)`, zeros past the last row."""
+    y = x_up.new_zeros(routing.num_rows, w2.shape[1])
+    for expert in range(routing.layout.num_experts):
+        a = routing.ragged_block(x_up, expert)
+        y[_rows_of(routing, expert)] = a @ w2[routing.layout.columns(expert)]
+    return y
 
 
 def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
-    """`y (R, H)`, topk_weights `(T, K)` -> `(T, H)`: the weighted sum over k of the rows that a token's slots have."""
-    row = routing.slot_to_row.long()
-    has_row = row >= 0
-    chosen = y.new_zeros(*row.shape, y.shape[1]).masked_scatter(has_row[..., None], y[row[has_row]])
-    weights = topk_weights.masked_fill(~has_row, 0).to(y.dtype)
-    return (weights[..., None] * chosen).sum(dim=1)
+    """`out[t] = sum_k topk_weights[t, k] * y[slot_to_row[t, k]]`: `y (R, H)`, `topk_weights (T, K)` -> `(T, H)`.
+
+    Summed in fp32 or wider, returned in y's dtype. A slot without a row contributes nothing, whatever its weight.
+    """
+    wide = _wide(y.dtype)
+    out = y.new_zeros(routing.num_tokens, y.shape[1], dtype=wide)
+    for k in range(routing.top_k):
+        row = routing.slot_to_row[:, k].long()
+        has_row = row >= 0
+        out[has_row] += topk_weights[has_row, k, None].to(wide) * y[row[has_row]].to(wide)
+    return out.to(y.dtype)
 
 
 def moe_mlp(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None = None, *,
-    layout: ExpertLayout, activation: str = "relu_squared",
-) -> Tensor:  # fmt: skip
-    """The whole layer on `x (T, H)`: route, up, down, scatter."""
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor | None = None,
+    *,
+    layout: ExpertLayout,
+    activation: str = "relu_squared",
+) -> Tensor:
+    """`out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](x[t])`, where expert e is `act(x w1_e) w2_e`.
+
+    Args:
+        x: `(T, H)`.
+        topk_weights: `(T, K)`, any float dtype.
+        topk_ids: `(T, K)` integers; ids outside `0 <= id < E` add nothing, an id may repeat within a token.
+        w1, w3: `(H, S)`; w3 only with a gated activation, whose gate is w1.
+        w2: `(S, H)`.
+        layout: the experts' widths and offsets.
+        activation: a name in `PLAIN` or `GATED`.
+
+    Returns:
+        `(T, H)` of x's dtype.
+
+    Raises:
+        ValueError: an unknown activation, or w3 missing or superfluous for it.
+    """
     routing = route(topk_ids, layout)
     x_up = grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
-    return scatter(grouped_gemm_down(x_up, w2, routing=routing), topk_weights, routing=routing)
-
-
-def _rows(routing: Routing, expert: int) -> slice:
-    return slice(*routing.row_offsets[expert : expert + 2].tolist())
-
-
-def _ragged(blocks: list[Tensor], routing: Routing, parts: int = 1) -> Tensor:
-    """Dense blocks, one an expert -> a ragged buffer, zeros between the blocks."""
-    pieces, end = [], 0
-    for e, block in enumerate(blocks):
-        start = parts * int(routing.ragged_offsets[e])
-        pieces += [block.new_zeros(start - end), block.flatten()]
-        end = start + block.numel()
-    return torch.cat([*pieces, blocks[0].new_zeros(routing.ragged_numel(parts) - end)])
+    y = grouped_gemm_down(x_up, w2, routing=routing)
+    return scatter(y, topk_weights, routing=routing)
