@@ -53,6 +53,7 @@ def test_only_what_is_asked_for(frozen: int, device: str) -> None:
         if i == frozen:
             assert operand.grad is None
         else:
+            assert operand.grad is not None, name
             assert torch.equal(operand.grad, everything[name]), name
 
 

@@ -1,5 +1,9 @@
 """What only a GPU can show: no host synchronisation, streams, a second device, addresses past 2^31, no recompiling."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,9 +12,17 @@ from triton_moe import ExpertLayout, MoEConfig, MoEMLP, moe_mlp
 from triton_moe.testing import Case, Inputs, run
 
 pytestmark = pytest.mark.gpu
+# `set_sync_debug_mode` says of itself that it is a prototype.
+USES_SYNC_DEBUG = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 CASE = Case(100, 64, (64, 24, 0, 128), 2, "swiglu", reason="the usual")
 
 
+def each_tensor(inputs: Inputs, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+    changed: dict[str, Any] = {name: change(value) for name, value in vars(inputs).items() if torch.is_tensor(value)}
+    return dataclasses.replace(inputs, **changed)
+
+
+@USES_SYNC_DEBUG
 def test_nothing_waits_for_the_device() -> None:
     """Forward and backward of the layer, its router and its losses included, copy nothing back."""
     layer = MoEMLP(MoEConfig([(4, 64), (2, 24)], 2, 64), device="cuda", dtype=torch.bfloat16)
@@ -29,6 +41,7 @@ def test_nothing_waits_for_the_device() -> None:
     torch.cuda.synchronize()
 
 
+@USES_SYNC_DEBUG
 def test_the_debug_mode_would_tell() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -45,10 +58,7 @@ def test_another_stream() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # work that the default stream does not wait for
-        late = Inputs(
-            **{name: value.clone() if torch.is_tensor(value) else value for name, value in vars(inputs).items()}
-        )
-        actual = run(moe_mlp, late)
+        actual = run(moe_mlp, each_tensor(inputs, torch.clone))
     stream.synchronize()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -57,10 +67,7 @@ def test_another_stream() -> None:
 def test_another_device() -> None:
     inputs = inputs_for(CASE, torch.bfloat16, "cuda:0")
     expected = run(moe_mlp, inputs)
-    moved = Inputs(
-        **{name: value.to("cuda:1") if torch.is_tensor(value) else value for name, value in vars(inputs).items()}
-    )
-    actual = run(moe_mlp, moved)
+    actual = run(moe_mlp, each_tensor(inputs, lambda tensor: tensor.to("cuda:1")))
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(actual[name].cpu(), expected[name].cpu()) for name in expected)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -22,19 +23,26 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)
 
 
-def _check(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
+def _fail(argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_type(value: object, kind: type, argument: str, expected: str) -> None:
+    if not isinstance(value, kind):
+        _fail(argument, expected, type(value).__name__)
+
+
+def _check_device(tensor: Tensor, argument: str, device: torch.device) -> None:
+    if tensor.device != device:
+        _fail(argument, f"a tensor on {device}", tensor.device)
 
 
 def _check_matrix(tensor: Tensor, argument: str, shape: tuple[int, int], like: Tensor) -> None:
-    _check(isinstance(tensor, Tensor), argument, "a tensor", type(tensor).__name__)
+    _check_type(tensor, Tensor, argument, "a tensor")
     if tensor.shape != shape:
-        raise ValueError(f"{argument}: expected shape {shape}, got {tuple(tensor.shape)}")
+        _fail(argument, f"shape {shape}", tuple(tensor.shape))
     if tensor.dtype != like.dtype or tensor.device != like.device:
-        raise ValueError(
-            f"{argument}: expected {like.dtype} on {like.device} as x, got {tensor.dtype} on {tensor.device}"
-        )
+        _fail(argument, f"{like.dtype} on {like.device} as x", f"{tensor.dtype} on {tensor.device}")
 
 
 def _check_weights(
@@ -45,35 +53,41 @@ def _check_weights(
     if w2 is not None:
         _check_matrix(w2, "w2", (layout.total_width, hidden_size), like)
     if gated:
-        _check(w3 is not None, "w3", "the up weights of a gated activation", None)
-        _check_matrix(w3, "w3", shape, like)  # type: ignore[arg-type]
-    else:
-        _check(w3 is None, "w3", "None with an activation that is not gated", "a tensor")
+        if w3 is None:
+            _fail("w3", "the up weights of a gated activation", None)
+        _check_matrix(w3, "w3", shape, like)
+    elif w3 is not None:
+        _fail("w3", "None with an activation that is not gated", "a tensor")
 
 
 def _check_ids(topk_ids: Tensor, layout: ExpertLayout) -> None:
-    _check(isinstance(topk_ids, Tensor), "topk_ids", "a tensor", type(topk_ids).__name__)
-    _check(topk_ids.dim() == 2, "topk_ids", "shape (T, K)", tuple(topk_ids.shape))
-    _check(topk_ids.dtype in (torch.int32, torch.int64), "topk_ids", "int32 or int64", topk_ids.dtype)
-    _check(1 <= topk_ids.shape[1] <= layout.num_experts, "topk_ids", f"1 <= K <= E = {layout.num_experts}",
-           f"K = {topk_ids.shape[1]}")  # fmt: skip
-    _check(topk_ids.numel() < 2**31, "topk_ids", "fewer than 2**31 slots", topk_ids.numel())
+    _check_type(topk_ids, Tensor, "topk_ids", "a tensor")
+    if topk_ids.dim() != 2:
+        _fail("topk_ids", "shape (T, K)", tuple(topk_ids.shape))
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        _fail("topk_ids", "int32 or int64", topk_ids.dtype)
+    if not 1 <= topk_ids.shape[1] <= layout.num_experts:
+        _fail("topk_ids", f"1 <= K <= E = {layout.num_experts}", f"K = {topk_ids.shape[1]}")
+    if topk_ids.numel() >= 2**31:
+        _fail("topk_ids", "fewer than 2**31 slots", topk_ids.numel())
     if os.environ.get("TRITON_MOE_CHECK_IDS") == "1":
         wrong = topk_ids[(topk_ids < 0) | (topk_ids > layout.num_experts)].unique().tolist()
-        _check(not wrong, "topk_ids", f"0 <= id <= E = {layout.num_experts}", wrong[:16])
+        if wrong:
+            _fail("topk_ids", f"0 <= id <= E = {layout.num_experts}", wrong[:16])
 
 
 def _check_topk_weights(topk_weights: Tensor, topk_ids: Tensor, like: Tensor) -> None:
-    _check(isinstance(topk_weights, Tensor), "topk_weights", "a tensor", type(topk_weights).__name__)
-    _check(topk_weights.shape == topk_ids.shape, "topk_weights", f"shape {tuple(topk_ids.shape)} as topk_ids",
-           tuple(topk_weights.shape))  # fmt: skip
-    _check(
-        topk_weights.dtype in (torch.float32, like.dtype),
-        "topk_weights",
-        f"float32 or {like.dtype}",
-        topk_weights.dtype,
-    )
-    _check(topk_weights.device == like.device, "topk_weights", f"a tensor on {like.device}", topk_weights.device)
+    _check_type(topk_weights, Tensor, "topk_weights", "a tensor")
+    if topk_weights.shape != topk_ids.shape:
+        _fail("topk_weights", f"shape {tuple(topk_ids.shape)} as topk_ids", tuple(topk_weights.shape))
+    if topk_weights.dtype not in (torch.float32, like.dtype):
+        _fail("topk_weights", f"float32 or {like.dtype}", topk_weights.dtype)
+    _check_device(topk_weights, "topk_weights", like.device)
+
+
+def _check_tokens(x: Tensor, routing: Routing) -> None:
+    if x.dim() != 2 or x.shape[0] != routing.num_tokens:
+        _fail("x", f"shape ({routing.num_tokens}, H)", tuple(x.shape))
 
 
 @functools.cache
@@ -88,12 +102,14 @@ def _has_kernels(device: torch.device) -> bool:
 
 def _runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str) -> bool:
     """Whether the Triton kernels run a call. Raises ValueError if they were asked for and cannot."""
-    _check(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    if backend not in BACKENDS:
+        _fail("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     supported = dtype is None or dtype in _KERNEL_DTYPES
     if backend == "triton":
-        expected = "CUDA tensors (compute capability 8.0 or later) for 'triton'"
-        _check(_has_kernels(device), "backend", expected, f"tensors on {device}")
-        _check(supported, "x", "float32, bfloat16 or float16 for backend 'triton'", dtype)
+        if not _has_kernels(device):
+            _fail("backend", "CUDA tensors (compute capability 8.0 or later) for 'triton'", f"tensors on {device}")
+        if not supported:
+            _fail("x", "float32, bfloat16 or float16 for backend 'triton'", dtype)
         return True
     return backend == "auto" and device.type == "cuda" and supported and _has_kernels(device)
 
@@ -101,8 +117,9 @@ def _runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str)
 def _check_reserved(**options: tuple[object, object]) -> None:
     """Each option's value and default: what is not supported yet must not be taken silently."""
     for name, (value, default) in options.items():
-        got = repr(value) if isinstance(value, (str, bool)) else type(value).__name__
-        _check(value is default or value == default, name, f"{default!r}, all that is supported so far", got)
+        if value is not default and value != default:
+            got = repr(value) if isinstance(value, (str, bool)) else type(value).__name__
+            _fail(name, f"{default!r}, all that is supported so far", got)
 
 
 def moe_mlp(
@@ -151,30 +168,30 @@ def moe_mlp(
     """
     _check_reserved(b1=(b1, None), b2=(b2, None), b3=(b3, None))
     _check_reserved(activation_memory=(activation_memory, "bounded"), recompute=(recompute, False))
-    _check(isinstance(layout, ExpertLayout), "layout", "an ExpertLayout", type(layout).__name__)
+    _check_type(layout, ExpertLayout, "layout", "an ExpertLayout")
     gated = is_gated(activation)
-    _check(isinstance(x, Tensor), "x", "a tensor", type(x).__name__)
-    _check(x.is_floating_point() and x.dim() >= 1, "x", "a float tensor (..., H)", f"{x.dtype} of {x.dim()} dimensions")
+    _check_type(x, Tensor, "x", "a tensor")
+    if not x.is_floating_point() or x.dim() == 0:
+        _fail("x", "a float tensor (..., H)", f"{x.dtype} of {x.dim()} dimensions")
     hidden_size = x.shape[-1]
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
-    _check_ids(topk_ids, layout)
-    _check(topk_ids.device == x.device, "topk_ids", f"a tensor on {x.device}", topk_ids.device)
+    if routing is None:
+        _check_ids(topk_ids, layout)
+    else:
+        _check_type(routing, Routing, "routing", "a Routing")
+        if routing.topk_ids is not topk_ids or routing.layout != layout:
+            _fail("routing", "that of topk_ids and layout", "another")
+    _check_device(topk_ids, "topk_ids", x.device)
     _check_topk_weights(topk_weights, topk_ids, x)
     num_tokens = x.shape[:-1].numel()
-    _check(topk_ids.shape[0] == num_tokens, "topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
+    if topk_ids.shape[0] != num_tokens:
+        _fail("topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
 
     on_kernels = _runs_kernels(x.device, x.dtype, backend)
     if routing is None:
         routing = route(topk_ids, layout, backend="triton" if on_kernels else "torch")
-    else:
-        _check(isinstance(routing, Routing), "routing", "a Routing", type(routing).__name__)
-        _check(
-            routing.topk_ids is topk_ids and routing.layout == layout,
-            "routing",
-            "that of topk_ids and layout",
-            "another",
-        )
-        _check(routing.block_m > 0 or not on_kernels, "routing", "one made on the kernels' backend", "one made without")
+    elif on_kernels and not routing.block_m:
+        _fail("routing", "one made on the kernels' backend", "one made without")
     if on_kernels:
         from triton_moe.ops.moe_mlp import moe_mlp as run
     else:
@@ -189,7 +206,7 @@ def route(topk_ids: Tensor, layout: ExpertLayout, *, backend: str = "auto") -> R
 
     Raises ValueError on ids that are not `(T, K)` integers with 1 <= K <= E, or a backend that cannot run there.
     """
-    _check(isinstance(layout, ExpertLayout), "layout", "an ExpertLayout", type(layout).__name__)
+    _check_type(layout, ExpertLayout, "layout", "an ExpertLayout")
     _check_ids(topk_ids, layout)
     if _runs_kernels(topk_ids.device, None, backend):
         from triton_moe.kernels.route import route as run
@@ -200,14 +217,13 @@ def route(topk_ids: Tensor, layout: ExpertLayout, *, backend: str = "auto") -> R
 
 def _implementation(routing: Routing, tensor: Tensor, argument: str):
     """The module whose building blocks run with this routing."""
-    _check(isinstance(routing, Routing), "routing", "a Routing", type(routing).__name__)
-    _check(isinstance(tensor, Tensor), argument, "a tensor", type(tensor).__name__)
-    _check(tensor.device == routing.row_to_slot.device, argument,
-    f"a tensor on {routing.row_to_slot.device} as routing",
-           tensor.device)  # fmt: skip
+    _check_type(routing, Routing, "routing", "a Routing")
+    _check_type(tensor, Tensor, argument, "a tensor")
+    _check_device(tensor, argument, routing.row_to_slot.device)
     if not routing.block_m:
         return torch_backend
-    _check(tensor.dtype in _KERNEL_DTYPES, argument, "float32, bfloat16 or float16", tensor.dtype)
+    if tensor.dtype not in _KERNEL_DTYPES:
+        _fail(argument, "float32, bfloat16 or float16", tensor.dtype)
     from triton_moe.ops import building_blocks
 
     return building_blocks
@@ -216,7 +232,7 @@ def _implementation(routing: Routing, tensor: Tensor, argument: str):
 def gather_autograd(x: Tensor, *, routing: Routing) -> Tensor:
     """`x (T, H)` -> `(R, H)`: each slot's token, rows in expert order, zeros past the last row. Differentiable in x."""
     run = _implementation(routing, x, "x")
-    _check(x.dim() == 2 and x.shape[0] == routing.num_tokens, "x", f"shape ({routing.num_tokens}, H)", tuple(x.shape))
+    _check_tokens(x, routing)
     return run.gather(x, routing=routing)
 
 
@@ -226,7 +242,8 @@ def scatter_autograd(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Te
     Differentiable in y and topk_weights `(T, K)`, which is float32 or has y's dtype.
     """
     run = _implementation(routing, y, "y")
-    _check(y.dim() == 2 and y.shape[0] == routing.num_rows, "y", f"shape ({routing.num_rows}, H)", tuple(y.shape))
+    if y.dim() != 2 or y.shape[0] != routing.num_rows:
+        _fail("y", f"shape ({routing.num_rows}, H)", tuple(y.shape))
     _check_topk_weights(topk_weights, routing.topk_ids, y)
     return run.scatter(y, topk_weights, routing=routing)
 
@@ -241,7 +258,7 @@ def grouped_gemm_up_autograd(
     """
     run = _implementation(routing, x, "x")
     gated = is_gated(activation)
-    _check(x.dim() == 2 and x.shape[0] == routing.num_tokens, "x", f"shape ({routing.num_tokens}, H)", tuple(x.shape))
+    _check_tokens(x, routing)
     _check_weights(w1, None, w3, x, x.shape[1], routing.layout, gated)
     return run.grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
 
@@ -253,8 +270,11 @@ def grouped_gemm_down_autograd(x_up: Tensor, w2: Tensor, *, routing: Routing) ->
     """
     run = _implementation(routing, x_up, "x_up")
     size = routing.ragged_numel()
-    _check(x_up.shape == (size,), "x_up", f"a ragged buffer of shape ({size},)", tuple(x_up.shape))
-    _check(isinstance(w2, Tensor) and w2.dim() == 2, "w2", "a tensor (S, H)", getattr(w2, "shape", type(w2).__name__))
+    if x_up.shape != (size,):
+        _fail("x_up", f"a ragged buffer of shape ({size},)", tuple(x_up.shape))
+    _check_type(w2, Tensor, "w2", "a tensor")
+    if w2.dim() != 2:
+        _fail("w2", "shape (S, H)", tuple(w2.shape))
     _check_matrix(w2, "w2", (routing.layout.total_width, w2.shape[1]), x_up)
     return run.grouped_gemm_down(x_up, w2, routing=routing)
 

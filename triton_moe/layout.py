@@ -43,6 +43,7 @@ class ExpertLayout:
     offsets: tuple[int, ...] = field(init=False, compare=False)
     total_width: int = field(init=False, compare=False)
     max_width: int = field(init=False, compare=False)
+    _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.widths, (str, bytes)) or not isinstance(self.widths, Iterable):
@@ -60,6 +61,10 @@ class ExpertLayout:
         object.__setattr__(self, "offsets", tuple(offsets))
         object.__setattr__(self, "total_width", total)
         object.__setattr__(self, "max_width", max(widths))
+        object.__setattr__(self, "_hash", hash(widths))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def from_widths(cls, widths: Iterable[int]) -> ExpertLayout:

@@ -156,7 +156,7 @@ class MoEMLP(nn.Module):
         """
         self._check_input(x)
         config = self.config
-        tokens = x.reshape(-1, config.hidden_size)
+        tokens = x if x.dim() == 2 else x.reshape(-1, config.hidden_size)
         logits, probs, topk_weights, topk_ids = route_tokens(
             tokens,
             self.router.weight,
@@ -177,8 +177,9 @@ class MoEMLP(nn.Module):
             routing=routing,
             backend=config.backend,
         )
-        f = routing.counts.to(probs.dtype) / max(routing.num_rows, 1)
-        return out.view(x.shape), self._aux(logits, probs, f), f.to(x.dtype)
+        f = torch.empty_like(routing.counts, dtype=probs.dtype if config.aux_losses else x.dtype)
+        torch.div(routing.counts, max(routing.num_rows, 1), out=f)
+        return out if x.dim() == 2 else out.view(x.shape), self._aux(logits, probs, f), f.to(x.dtype)
 
     def _aux(self, logits: Tensor, probs: Tensor, f: Tensor) -> dict[str, Tensor]:
         raw = logits.detach()

@@ -46,8 +46,10 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
 
     Autocast would round the result, and is kept out.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        return _RouterLogits.apply(x, weight.to(x.dtype))  # type: ignore[return-value]
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return router_logits(x, weight)
+    return _RouterLogits.apply(x, weight.to(x.dtype))  # type: ignore[return-value]
 
 
 def router_scores(logits: Tensor, router: str) -> Tensor:

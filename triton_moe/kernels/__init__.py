@@ -5,7 +5,19 @@
 Those functions live above the kernels, in `triton_moe.functional`, and are looked up there when first used.
 """
 
+from typing import TYPE_CHECKING
+
 from triton_moe.kernels import gather, scatter
+
+if TYPE_CHECKING:
+    from triton_moe.functional import (
+        gather_autograd,
+        grouped_gemm_down,
+        grouped_gemm_down_autograd,
+        grouped_gemm_up,
+        grouped_gemm_up_autograd,
+        scatter_autograd,
+    )
 
 __all__ = [
     "gather",

@@ -6,15 +6,19 @@ the gated forms are those of Shazeer 2020, arXiv:2002.05202. relu and relu_squar
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from triton_moe.activations import GATE_ACTIVATION, is_gated
-from triton_moe.kernels.config import layout_tables, on_device_of, tile_config
+from triton_moe.kernels.config import BLOCK_M, LayoutTables, layout_tables, tile_config
+from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start
-from triton_moe.layout import RAGGED_ALIGNMENT, Routing
+from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
@@ -110,18 +114,28 @@ def activation_bwd_kernel(
     store_dpre(dpre_ptrs, width, mask, gate, up, act_fwd(gate, ACTIVATION), d, ACTIVATION, GATED)
 
 
+@functools.lru_cache(maxsize=256)
+def _activation_bwd_launcher(
+    layout: ExpertLayout, dtype: torch.dtype, device: torch.device, **options: Any
+) -> tuple[Launcher, LayoutTables, int]:
+    """-> launcher, the layout's tables, column tiles of the widest expert."""
+    config, tables = tile_config("activation", dtype, device), layout_tables(layout, device)
+    launch = Launcher(
+        activation_bwd_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT, BLOCK_M=BLOCK_M,
+        BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
+    )  # fmt: skip
+    return launch, tables, triton.cdiv(layout.max_width, config.BLOCK_N)
+
+
 def activation_bwd(pre: Tensor, dact: Tensor, routing: Routing, activation: str) -> Tensor:
     """Ragged buffers: pre-activation (2 parts if gated) and gradient of the activation -> gradient of the former."""
-    gated, layout = is_gated(activation), routing.layout
-    tables, config = layout_tables(layout, pre.device), tile_config("activation", pre)
     dpre = torch.empty_like(pre)
-    num_tiles_n = triton.cdiv(layout.max_width, config.BLOCK_N)
-    if num_programs := routing.row_blocks.shape[0] * num_tiles_n:
-        with on_device_of(pre):
-            activation_bwd_kernel[(num_programs,)](
-                pre, dact.contiguous(), dpre, tables.widths, tables.offsets,
-                routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
-                ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, WIDTH_ALIGN=tables.width_align,
-                ALIGNMENT=RAGGED_ALIGNMENT, BLOCK_M=routing.block_m, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
-            )  # fmt: skip
+    launch, tables, num_tiles_n = _activation_bwd_launcher(
+        routing.layout, pre.dtype, pre.device,
+        ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=is_gated(activation),
+    )  # fmt: skip
+    launch(
+        (routing.row_blocks.shape[0] * num_tiles_n,), pre, dact.contiguous(), dpre, tables.widths, tables.offsets,
+        routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
+    )  # fmt: skip
     return dpre

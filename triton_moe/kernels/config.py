@@ -1,8 +1,7 @@
-"""What the launchers share: tile shapes, tables of the layout on the device, and the guard for a second device."""
+"""What the launchers share: tile shapes, and tables of the layout on the device."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -60,13 +59,13 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
-def tile_config(kernel: str, tensor: Tensor) -> TileConfig:
-    """The one blessed configuration of a kernel for the tensor's dtype and device."""
+def tile_config(kernel: str, dtype: torch.dtype, device: torch.device) -> TileConfig:
+    """The one blessed configuration of a kernel for a dtype and device."""
     if INTERPRETED:
         return _INTERPRETER_TILE
-    if tensor.dtype.itemsize == 4:
+    if dtype.itemsize == 4:
         return _FP32_PAIR_TILE if kernel.endswith("gated") else _FP32_TILE
-    return (_HOPPER_TILES if capability(tensor.device) == (9, 0) else _TILES)[kernel]
+    return (_HOPPER_TILES if capability(device) == (9, 0) else _TILES)[kernel]
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -113,10 +112,3 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 def with_strides_of(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor itself if it lies in memory as `other` does, else a copy that does."""
     return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's, at no cost where it already is."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)

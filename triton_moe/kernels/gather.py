@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import on_device_of, rows_contiguous
+from triton_moe.kernels.config import rows_contiguous
+from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import Routing
 
 
@@ -25,22 +29,22 @@ def gather_fwd_kernel(
     tl.store(out + row.to(tl.int64) * H + cols, value.to(out.dtype.element_ty), mask=cols < H)
 
 
-def hidden_block(hidden_size: int) -> dict[str, int]:
-    """Launch keywords of a kernel that walks rows of `hidden_size` elements: 8 a thread, at most 512 a program."""
+@functools.lru_cache(maxsize=1024)
+def launcher_over_hidden(kernel: Any, hidden_size: int, **options: Any) -> tuple[Launcher, int]:
+    """Launcher of a kernel that walks rows of `hidden_size` elements, and the programs a row takes.
+
+    8 elements a thread, at most 512 a program.
+    """
     block = max(16, min(512, triton.next_power_of_2(hidden_size)))
-    return {"BLOCK_H": block, "num_warps": max(1, block // 256)}
+    launch = Launcher(kernel, **options, BLOCK_H=block, num_warps=max(1, block // 256))
+    return launch, triton.cdiv(hidden_size, block)
 
 
 def gather_fwd(x: Tensor, weights: Tensor | None, routing: Routing) -> Tensor:
     """`x (T, H)`, weights `(T, K)` or None -> `(R, H)`; zeros past the last row."""
-    x, hidden_size = rows_contiguous(x), x.shape[1]
-    weights = None if weights is None else weights.contiguous()
+    x, hidden_size, weighted = rows_contiguous(x), x.shape[1], weights is not None
     out = torch.empty(routing.num_rows, hidden_size, dtype=x.dtype, device=x.device)
-    launch = hidden_block(hidden_size)
-    if out.numel():
-        with on_device_of(x):
-            gather_fwd_kernel[(routing.num_rows, triton.cdiv(hidden_size, launch["BLOCK_H"]))](
-                x, weights, routing.row_to_slot, out, hidden_size, x.stride(0),
-                K=routing.top_k, WEIGHTED=weights is not None, **launch,
-            )  # fmt: skip
+    launch, programs = launcher_over_hidden(gather_fwd_kernel, hidden_size, K=routing.top_k, WEIGHTED=weighted)
+    weights = None if weights is None else weights.contiguous()
+    launch((routing.num_rows, programs), x, weights, routing.row_to_slot, out, hidden_size, x.stride(0))
     return out

@@ -7,6 +7,10 @@ together; a program past its expert's width has nothing to do.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,16 +18,18 @@ from torch import Tensor
 from triton_moe.activations import GATE_ACTIVATION
 from triton_moe.kernels.activation import act_fwd
 from triton_moe.kernels.config import (
+    BLOCK_M,
+    LayoutTables,
     divides_widths,
     input_precision,
     layout_tables,
-    on_device_of,
     rows_contiguous,
     tile_config,
     with_strides_of,
 )
+from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
-from triton_moe.layout import RAGGED_ALIGNMENT, Routing
+from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 
 @triton.jit
@@ -104,6 +110,20 @@ def grouped_gemm_down_fwd_kernel(
     tl.store(y_ptrs, acc.to(y.dtype.element_ty), mask=exists[:, None] & col_mask[None, :])
 
 
+@functools.lru_cache(maxsize=256)
+def _up_launcher(
+    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
+) -> tuple[Launcher, LayoutTables, int]:
+    """-> launcher, the layout's tables, column tiles of the widest expert."""
+    config, tables = tile_config("up_gated" if gated else "up", dtype, device), layout_tables(layout, device)
+    launch = Launcher(
+        grouped_gemm_up_fwd_kernel, **options, GATED=gated, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
+        EVEN_K=hidden_size % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
+        **config._asdict(),
+    )  # fmt: skip
+    return launch, tables, triton.cdiv(layout.max_width, config.BLOCK_N)
+
+
 def grouped_gemm_up_fwd(
     x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor, pre: Tensor | None, routing: Routing, activation: str,
     gathered: bool = True,
@@ -112,21 +132,32 @@ def grouped_gemm_up_fwd(
 
     x is `(T, H)`, or `(R, H)` in expert order if not `gathered`; w1 and w3 `(H, S)` of any strides.
     """
-    x, layout, gated = rows_contiguous(x), routing.layout, w3 is not None
-    config, tables = tile_config("up_gated" if gated else "up", x), layout_tables(layout, x.device)
-    num_tiles_n = triton.cdiv(layout.max_width, config.BLOCK_N)
+    x, hidden_size = rows_contiguous(x), x.shape[1]
+    launch, tables, num_tiles_n = _up_launcher(
+        routing.layout, hidden_size, x.dtype, x.device, w3 is not None, TOP_K=routing.top_k, GATHER=gathered,
+        ACTIVATION=GATE_ACTIVATION.get(activation, activation), STORE_PRE=pre is not None,
+        INPUT_PRECISION=input_precision(x.dtype),
+    )  # fmt: skip
     w3 = w1 if w3 is None else with_strides_of(w3, w1)
-    if num_programs := routing.row_blocks.shape[0] * num_tiles_n:
-        with on_device_of(x):
-            grouped_gemm_up_fwd_kernel[(num_programs,)](
-                x, w1, w3, out if pre is None else pre, out, x.shape[1], x.stride(0), *w1.stride(),
-                tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets, routing.ragged_offsets,
-                routing.row_blocks, num_tiles_n,
-                TOP_K=routing.top_k, GATHER=gathered, ACTIVATION=GATE_ACTIVATION.get(activation, activation),
-                GATED=gated, STORE_PRE=pre is not None, INPUT_PRECISION=input_precision(x.dtype),
-                WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT, EVEN_K=x.shape[1] % config.BLOCK_K == 0,
-                EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=routing.block_m, **config._asdict(),
-            )  # fmt: skip
+    launch(
+        (routing.row_blocks.shape[0] * num_tiles_n,), x, w1, w3, out if pre is None else pre, out, hidden_size,
+        x.stride(0), *w1.stride(), tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets,
+        routing.ragged_offsets, routing.row_blocks, num_tiles_n,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _down_launcher(
+    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, **options: Any
+) -> tuple[Launcher, LayoutTables, int]:
+    """-> launcher, the layout's tables, column tiles of a row."""
+    config, tables = tile_config("down", dtype, device), layout_tables(layout, device)
+    launch = Launcher(
+        grouped_gemm_down_fwd_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
+        EVEN_K=divides_widths(config.BLOCK_K, layout), EVEN_N=hidden_size % config.BLOCK_N == 0, BLOCK_M=BLOCK_M,
+        **config._asdict(),
+    )  # fmt: skip
+    return launch, tables, triton.cdiv(hidden_size, config.BLOCK_N)
 
 
 def grouped_gemm_down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
@@ -134,17 +165,13 @@ def grouped_gemm_down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, 
 
     a is a ragged buffer, w and w_up `(S, H)` of any strides (w1 and w3 transposed give the gradient of x's rows).
     """
-    layout, hidden_size = routing.layout, w.shape[1]
-    config, tables = tile_config("down", a), layout_tables(layout, a.device)
-    num_tiles_n = triton.cdiv(hidden_size, config.BLOCK_N)
-    parts = 1 if w_up is None else 2
+    hidden_size = w.shape[1]
+    launch, tables, num_tiles_n = _down_launcher(
+        routing.layout, hidden_size, a.dtype, a.device, PARTS=1 if w_up is None else 2,
+        INPUT_PRECISION=input_precision(a.dtype),
+    )  # fmt: skip
     w_up = w if w_up is None else with_strides_of(w_up, w)
-    if num_programs := routing.row_blocks.shape[0] * num_tiles_n:
-        with on_device_of(a):
-            grouped_gemm_down_fwd_kernel[(num_programs,)](
-                a, w, w_up, y, hidden_size, *w.stride(),
-                tables.widths, tables.offsets, routing.row_offsets, routing.ragged_offsets, routing.row_blocks,
-                num_tiles_n, PARTS=parts, INPUT_PRECISION=input_precision(a.dtype), WIDTH_ALIGN=tables.width_align,
-                ALIGNMENT=RAGGED_ALIGNMENT, EVEN_K=divides_widths(config.BLOCK_K, layout),
-                EVEN_N=hidden_size % config.BLOCK_N == 0, BLOCK_M=routing.block_m, **config._asdict(),
-            )  # fmt: skip
+    launch(
+        (routing.row_blocks.shape[0] * num_tiles_n,), a, w, w_up, y, hidden_size, *w.stride(),
+        tables.widths, tables.offsets, routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
+    )  # fmt: skip

@@ -8,6 +8,9 @@ reduction.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,15 +20,16 @@ from triton_moe.activations import GATE_ACTIVATION, is_gated
 from triton_moe.kernels.activation import act_fwd, load_pre, store_dpre
 from triton_moe.kernels.config import (
     BLOCK_M,
+    LayoutTables,
     divides_widths,
     input_precision,
     layout_tables,
-    on_device_of,
     rows_contiguous,
     tile_config,
 )
+from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
-from triton_moe.layout import RAGGED_ALIGNMENT, Routing
+from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 
 @triton.jit
@@ -136,6 +140,25 @@ def grouped_gemm_dw_kernel(
         tl.store(dw_up + offsets_w, acc.to(dw.dtype.element_ty), mask=mask)
 
 
+_SLOTS = 128
+"""Slots a program of `sum_partials_kernel` sums for."""
+
+
+@functools.lru_cache(maxsize=256)
+def _dh_launchers(
+    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
+) -> tuple[Launcher, Launcher, LayoutTables, int]:
+    """-> launchers of the product and of the sum, the layout's tables, column tiles of the widest expert."""
+    config, tables = tile_config("dh_gated" if gated else "dh", dtype, device), layout_tables(layout, device)
+    launch = Launcher(
+        grouped_gemm_dh_kernel, **options, GATED=gated, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
+        EVEN_K=hidden_size % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
+        **config._asdict(),
+    )  # fmt: skip
+    launch_sum = Launcher(sum_partials_kernel, BLOCK_N=config.BLOCK_N, SLOTS=_SLOTS)
+    return launch, launch_sum, tables, triton.cdiv(layout.max_width, config.BLOCK_N)
+
+
 def grouped_gemm_dh(
     dout: Tensor, w2: Tensor, pre: Tensor, topk_weights: Tensor, routing: Routing, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,30 +167,39 @@ def grouped_gemm_dh(
     Returns the gradient of the pre-activation (ragged, as `pre`), the weighted activation (ragged, one part) and the
     gradient of the routing weights `(T, K)` in their dtype.
     """
-    gated, layout, dout = is_gated(activation), routing.layout, rows_contiguous(dout)
-    config, tables = tile_config("dh_gated" if gated else "dh", pre), layout_tables(layout, pre.device)
-    num_tiles_n, num_slots = triton.cdiv(layout.max_width, config.BLOCK_N), routing.num_rows
+    dout, hidden_size, num_slots = rows_contiguous(dout), dout.shape[1], routing.num_rows
+    launch, launch_sum, tables, num_tiles_n = _dh_launchers(
+        routing.layout, hidden_size, pre.dtype, pre.device, is_gated(activation), TOP_K=routing.top_k,
+        ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype),
+    )  # fmt: skip
     dpre = torch.empty_like(pre)
     act_weighted = torch.empty(routing.ragged_numel(), dtype=pre.dtype, device=pre.device)
     partial = torch.empty(num_slots * num_tiles_n, dtype=torch.float32, device=pre.device)
     dweights = torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=pre.device)
-    if num_slots:
-        with on_device_of(pre):
-            grouped_gemm_dh_kernel[(routing.row_blocks.shape[0] * num_tiles_n,)](
-                dout, w2, pre, topk_weights.contiguous(), dpre, act_weighted, partial,
-                dout.shape[1], dout.stride(0), *w2.stride(),
-                tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets, routing.ragged_offsets,
-                routing.row_blocks, num_tiles_n,
-                TOP_K=routing.top_k, ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated,
-                INPUT_PRECISION=input_precision(pre.dtype), WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
-                EVEN_K=dout.shape[1] % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout),
-                BLOCK_M=routing.block_m, **config._asdict(),
-            )  # fmt: skip
-            sum_partials_kernel[(triton.cdiv(num_slots, 128),)](
-                partial, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths, dweights,
-                num_slots, num_tiles_n, BLOCK_N=config.BLOCK_N, SLOTS=128,
-            )  # fmt: skip
+    launch(
+        (routing.row_blocks.shape[0] * num_tiles_n,), dout, w2, pre, topk_weights.contiguous(), dpre, act_weighted,
+        partial, hidden_size, dout.stride(0), *w2.stride(), tables.widths, tables.offsets, routing.row_to_slot,
+        routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
+    )  # fmt: skip
+    launch_sum(
+        (triton.cdiv(num_slots, _SLOTS),), partial, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths,
+        dweights, num_slots, num_tiles_n,
+    )  # fmt: skip
     return dpre, act_weighted, dweights
+
+
+@functools.lru_cache(maxsize=256)
+def _dw_launcher(
+    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, **options: Any
+) -> tuple[Launcher, LayoutTables, int, int]:
+    """-> launcher, the layout's tables, row tiles and column tiles of the widest expert's gradient."""
+    config, tables = tile_config("dw", dtype, device), layout_tables(layout, device)
+    launch = Launcher(
+        grouped_gemm_dw_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
+        EVEN_M=hidden_size % BLOCK_M == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
+        **config._asdict(),
+    )  # fmt: skip
+    return launch, tables, triton.cdiv(hidden_size, BLOCK_M), triton.cdiv(layout.max_width, config.BLOCK_N)
 
 
 def grouped_gemm_dw(
@@ -178,18 +210,13 @@ def grouped_gemm_dw(
     x is `(T, H)`, or `(R, H)` in expert order if not `gathered`. dw has any strides (w2's gradient is given
     transposed), dw_up has dw's.
     """
-    x, layout = rows_contiguous(x), routing.layout
-    config, tables = tile_config("dw", x), layout_tables(layout, x.device)
-    parts = 1 if dw_up is None else 2
-    hidden_size = x.shape[1]
-    num_tiles_m, num_tiles_n = triton.cdiv(hidden_size, BLOCK_M), triton.cdiv(layout.max_width, config.BLOCK_N)
-    if num_programs := layout.num_experts * num_tiles_m * parts * num_tiles_n:
-        with on_device_of(x):
-            grouped_gemm_dw_kernel[(num_programs,)](
-                x, d, dw, dw if dw_up is None else dw_up, hidden_size, x.stride(0), *dw.stride(),
-                tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets, routing.ragged_offsets,
-                routing.expert_order, num_tiles_m, num_tiles_n,
-                TOP_K=routing.top_k, GATHER=gathered, PARTS=parts, INPUT_PRECISION=input_precision(x.dtype),
-                WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT, EVEN_M=hidden_size % BLOCK_M == 0,
-                EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M, **config._asdict(),
-            )  # fmt: skip
+    x, hidden_size, parts = rows_contiguous(x), x.shape[1], 1 if dw_up is None else 2
+    launch, tables, num_tiles_m, num_tiles_n = _dw_launcher(
+        routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, PARTS=parts,
+        INPUT_PRECISION=input_precision(x.dtype),
+    )  # fmt: skip
+    launch(
+        (routing.layout.num_experts * num_tiles_m * parts * num_tiles_n,), x, d, dw, dw if dw_up is None else dw_up,
+        hidden_size, x.stride(0), *dw.stride(), tables.widths, tables.offsets, routing.row_to_slot,
+        routing.row_offsets, routing.ragged_offsets, routing.expert_order, num_tiles_m, num_tiles_n,
+    )  # fmt: skip

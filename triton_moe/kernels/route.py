@@ -7,12 +7,16 @@ read back.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import BLOCK_M, layout_tables, on_device_of
+from triton_moe.kernels.config import BLOCK_M, LayoutTables, layout_tables
+from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 _MAX_SPANS = 256
@@ -121,19 +125,41 @@ def route_place_kernel(
     schedule(rows, experts, width_rank, row_blocks, num_row_blocks, expert_order, NUM_EXPERTS, BLOCK_M, SLOTS)
 
 
-def _carve(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """int32 tensors from one allocation, each aligned to 16 bytes, so that no launch is specialised on their
-    alignment."""
-    padded = [length for size in sizes for length in (size, -size % 4)]
-    return torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)[::2]
+class _Launchers(NamedTuple):
+    count: Launcher
+    place: Launcher
+    tables: LayoutTables
+    experts: int
+    """E, padded to a power of 2."""
+    slots: int
+    """Slots a program compares with all experts at once: a span is a multiple of them."""
+
+
+@functools.lru_cache(maxsize=256)
+def _launchers(layout: ExpertLayout, device: torch.device) -> _Launchers:
+    experts = triton.next_power_of_2(layout.num_experts)
+    slots = max(1, min(64, _TILE // experts))
+    options = {"NUM_EXPERTS": layout.num_experts, "EXPERTS": experts, "SLOTS": slots}
+    return _Launchers(
+        Launcher(route_count_kernel, **options),
+        Launcher(route_place_kernel, **options, BLOCK_M=BLOCK_M, ALIGNMENT=RAGGED_ALIGNMENT),
+        layout_tables(layout, device),
+        experts,
+        slots,
+    )
+
+
+def _carve(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """int32 tensors from one allocation, each aligned to 16 bytes."""
+    padded = [size + -size % 4 for size in sizes]
+    pieces = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
+    return [piece if piece.shape[0] == size else piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
 
 
 def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
     """`topk_ids (T, K)` int32 or int64 -> `Routing` with the tile schedule. Ids outside [0, E) drop their slots."""
     ids, num_experts, num_slots = topk_ids.contiguous(), layout.num_experts, topk_ids.numel()
-    tables = layout_tables(layout, ids.device)
-    padded_experts = triton.next_power_of_2(num_experts)
-    slots = max(1, min(64, _TILE // padded_experts))
+    count, place, tables, experts, slots = _launchers(layout, ids.device)
     span = slots * max(1, triton.cdiv(num_slots, slots * _MAX_SPANS))
     num_spans = triton.cdiv(num_slots, span)
     num_row_blocks = num_slots // BLOCK_M + min(num_experts, num_slots)
@@ -145,21 +171,16 @@ def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
         num_slots,
         2 * num_row_blocks,
         num_experts,
-        num_spans * padded_experts,
+        num_spans * experts,
     )
     counts, row_offsets, row_to_slot, slot_to_row, row_blocks, expert_order, span_counts = _carve(sizes, ids.device)
     ragged_offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=ids.device)
-    with on_device_of(ids):
-        if num_spans:
-            route_count_kernel[(num_spans,)](
-                ids, span_counts, num_slots, span, NUM_EXPERTS=num_experts, EXPERTS=padded_experts, SLOTS=slots
-            )
-        route_place_kernel[(max(num_spans, min(num_experts, _MAX_SPANS)),)](
-            ids, span_counts, tables.widths, tables.width_rank,
-            counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
-            num_slots, span, num_spans, num_row_blocks,
-            NUM_EXPERTS=num_experts, EXPERTS=padded_experts, SLOTS=slots, BLOCK_M=BLOCK_M, ALIGNMENT=RAGGED_ALIGNMENT,
-        )  # fmt: skip
+    count((num_spans,), ids, span_counts, num_slots, span)
+    place(
+        (max(num_spans, min(num_experts, _MAX_SPANS)),), ids, span_counts, tables.widths, tables.width_rank,
+        counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
+        num_slots, span, num_spans, num_row_blocks,
+    )  # fmt: skip
     return Routing(
         layout=layout,
         topk_ids=topk_ids,

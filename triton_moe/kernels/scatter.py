@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import on_device_of, rows_contiguous
-from triton_moe.kernels.gather import hidden_block
+from triton_moe.kernels.config import rows_contiguous
+from triton_moe.kernels.gather import launcher_over_hidden
 from triton_moe.layout import Routing
 
 
@@ -46,16 +46,11 @@ def scatter_bwd_weights_kernel(dout, y, slot_to_row, dweights, H, stride_dt, K: 
 
 def scatter_fwd(y: Tensor, weights: Tensor | None, routing: Routing) -> Tensor:
     """`y (R, H)`, weights `(T, K)` or None for a plain sum -> `(T, H)`. Rows that no slot owns are never read."""
-    y, hidden_size = y.contiguous(), y.shape[1]
-    weights = None if weights is None else weights.contiguous()
+    y, hidden_size, weighted = y.contiguous(), y.shape[1], weights is not None
     out = torch.empty(routing.num_tokens, hidden_size, dtype=y.dtype, device=y.device)
-    launch = hidden_block(hidden_size)
-    if out.numel():
-        with on_device_of(y):
-            scatter_fwd_kernel[(routing.num_tokens, triton.cdiv(hidden_size, launch["BLOCK_H"]))](
-                y, weights, routing.slot_to_row, out, hidden_size,
-                K=routing.top_k, WEIGHTED=weights is not None, **launch,
-            )  # fmt: skip
+    launch, programs = launcher_over_hidden(scatter_fwd_kernel, hidden_size, K=routing.top_k, WEIGHTED=weighted)
+    weights = None if weights is None else weights.contiguous()
+    launch((routing.num_tokens, programs), y, weights, routing.slot_to_row, out, hidden_size)
     return out
 
 
@@ -63,10 +58,6 @@ def scatter_bwd_weights(dout: Tensor, y: Tensor, routing: Routing, dtype: torch.
     """`dout (T, H)`, `y (R, H)` -> gradient of the weights, `(T, K)` of `dtype`."""
     dout, y, hidden_size = rows_contiguous(dout), y.contiguous(), y.shape[1]
     dweights = torch.empty(routing.slot_to_row.shape, dtype=dtype, device=y.device)
-    if dweights.numel():
-        with on_device_of(y):
-            scatter_bwd_weights_kernel[(routing.num_rows,)](
-                dout, y, routing.slot_to_row, dweights, hidden_size, dout.stride(0),
-                K=routing.top_k, **hidden_block(hidden_size),
-            )  # fmt: skip
+    launch, _ = launcher_over_hidden(scatter_bwd_weights_kernel, hidden_size, K=routing.top_k)
+    launch((routing.num_rows,), dout, y, routing.slot_to_row, dweights, hidden_size, dout.stride(0))
     return dweights
