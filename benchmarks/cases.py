@@ -1,0 +1,90 @@
+"""The shapes that are measured, each under one name, and how many floating-point operations they stand for.
+
+Letters as in `triton_moe.layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from triton_moe import MoEConfig
+from triton_moe.activations import is_gated
+
+Sizes = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """A layer and how many tokens go through it. Auxiliary losses are off: not every contestant has them."""
+
+    name: str
+    num_tokens: int
+    config: MoEConfig
+
+    @property
+    def uniform(self) -> bool:
+        return len(self.config.layout.width_classes) == 1
+
+    def forward_flops(self) -> float:
+        """Floating-point operations of the experts' GEMMs in one forward pass; a step is three times that.
+
+        `2 * T * K * H * mean width`, times 2 matrices, or 3 of a gated MLP. Which experts are chosen, and so how wide
+        they are, depends on the data: this is the expectation when all are chosen equally often. Padding does not
+        count, nor does the router.
+        """
+        config, layout = self.config, self.config.layout
+        mean_width = layout.total_width / layout.num_experts
+        matrices = 3 if is_gated(config.activation) else 2
+        return 2.0 * self.num_tokens * config.num_active_experts * config.hidden_size * mean_width * matrices
+
+
+def bench_case(name: str, num_tokens: int, hidden_size: int, sizes: Sizes, top_k: int, activation: str) -> BenchCase:
+    config = MoEConfig(sizes, top_k, hidden_size, activation=activation, aux_losses=False)
+    return BenchCase(name, num_tokens, config)
+
+
+def _seed_case(name: str, top_k: int, sizes: Sizes, num_tokens: int = 4096, hidden_size: int = 256) -> BenchCase:
+    return bench_case(name, num_tokens, hidden_size, sizes, top_k, "relu_squared")
+
+
+GROUPS = {
+    "seed": (
+        _seed_case("8exp_uniform", 2, [(8, 512)]),
+        _seed_case("8exp_variable", 2, [(4, 512), (4, 256)]),
+        _seed_case("16exp_uniform", 2, [(16, 256)]),
+        _seed_case("16exp_variable", 2, [(4, 512), (8, 256), (4, 128)]),
+        _seed_case("64exp_uniform", 8, [(64, 256)]),
+        _seed_case("64exp_variable", 8, [(16, 512), (32, 256), (16, 128)]),
+        _seed_case("128exp_uniform", 8, [(128, 256)]),
+        _seed_case("128exp_variable", 8, [(32, 512), (64, 256), (32, 128)]),
+        _seed_case("64exp_uniform_h768", 8, [(64, 256)], num_tokens=8192, hidden_size=768),
+        _seed_case(
+            "64exp_variable_h768", 8, [(16, 512), (32, 256), (16, 128)], num_tokens=8192, hidden_size=768
+        ),
+    ),
+    "training": (
+        bench_case("128x256_top8", 24576, 1536, [(128, 256)], 8, "swiglu"),
+        bench_case("32x1024_top2", 24576, 1536, [(32, 1024)], 2, "swiglu"),
+        bench_case("128x1024_top8_h4096", 32768, 4096, [(128, 1024)], 8, "swiglu"),
+        bench_case("128exp_variable_top8", 24576, 1536, [(32, 512), (64, 256), (32, 128)], 8, "swiglu"),
+    ),
+    "quick": (
+        bench_case("quick_uniform", 64, 32, [(4, 16)], 2, "relu_squared"),
+        bench_case("quick_variable", 48, 32, [(2, 32), (2, 8)], 2, "swiglu"),
+    ),
+}  # fmt: skip
+"""seed: the starting document's configurations; training: shapes of pretraining runs; quick: for a CPU, in seconds."""
+
+CASES = {case.name: case for group in GROUPS.values() for case in group}
+
+
+def select(names: Sequence[str]) -> list[BenchCase]:
+    """Cases by their names, by those of their groups, or all but the quick ones. ValueError on another name."""
+    groups = {**GROUPS, "all": (*GROUPS["seed"], *GROUPS["training"])}
+    chosen: dict[str, BenchCase] = {}
+    for name in names:
+        if name not in groups and name not in CASES:
+            raise ValueError(f"cases: expected some of {', '.join((*groups, *CASES))}, got {name!r}")
+        chosen |= {case.name: case for case in groups.get(name) or (CASES[name],)}
+    return list(chosen.values())

@@ -1,0 +1,202 @@
+"""The layers that are compared. Each is built from one set of weights and has the same router, `route_tokens`.
+
+Weights come as the state dict of `MoEMLP`: router.weight `(E, H)`, w1 and w3 `(H, S)`, w2 `(S, H)`. Letters as in
+`triton_moe.layout`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from triton_moe import MoEConfig, MoEMLP
+from triton_moe.activations import is_gated
+from triton_moe.layout import ExpertLayout
+from triton_moe.router import route_tokens
+
+State = Mapping[str, Tensor]
+
+
+class CannotRun(Exception):
+    """Why a contestant sits a case out, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A contestant, built."""
+
+    forward: Callable[[Tensor], Tensor]
+    """`x (T, H)` -> `(T, H)`, router included, recording a graph."""
+    parameters: list[Tensor]
+    gradients: Callable[[], dict[str, Tensor]]
+    """Of drouter, dw1, dw2 and, if gated, dw3, in the shapes of the state dict, after a backward pass."""
+
+
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"relu_squared": lambda h: F.relu(h).square(), "swiglu": F.silu}
+"""Of a contestant without activations of its own; swiglu's is that of its gate."""
+
+
+def _moe_mlp(config: MoEConfig, state: State, backend: str) -> Layer:
+    weight = state["w1"]
+    module = MoEMLP(dataclasses.replace(config, backend=backend), device=weight.device, dtype=weight.dtype)
+    module.load_state_dict(state)
+    names = {"drouter": module.router.weight, "dw1": module.w1, "dw2": module.w2, "dw3": module.w3}
+
+    def gradients() -> dict[str, Tensor]:
+        return {name: weight.grad for name, weight in names.items() if weight is not None and weight.grad is not None}
+
+    return Layer(lambda x: module(x)[0], list(module.parameters()), gradients)
+
+
+def triton_moe(config: MoEConfig, state: State) -> Layer:
+    """`MoEMLP` as a user gets it."""
+    return _moe_mlp(config, state, "auto")
+
+
+def torch_loop(config: MoEConfig, state: State) -> Layer:
+    """`MoEMLP` in plain PyTorch: a loop over experts, whose row counts come back to the host."""
+    return _moe_mlp(config, state, "torch")
+
+
+def _stack(packed: Tensor, layout: ExpertLayout) -> Tensor:
+    """`(H, S)` -> `(E, H, max width)`, narrower experts padded with zeros."""
+    stacked = packed.new_zeros(layout.num_experts, packed.shape[0], layout.max_width)
+    for e, width in enumerate(layout.widths):
+        stacked[e, :, :width] = packed[:, layout.columns(e)]
+    return stacked
+
+
+def _unstack(stacked: Tensor, layout: ExpertLayout) -> Tensor:
+    """`(E, H, max width)` -> `(H, S)`, without the padding."""
+    return torch.cat([stacked[e, :, :width] for e, width in enumerate(layout.widths)], dim=1)
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows `index` of a matrix. Every row is taken `copies` times, and `inverse (rows * copies)` says where each copy
+    went, so that backward is another selection and a sum: without atomic additions, and repeatable."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        rows = dout.index_select(0, inverse)
+        return rows if ctx.copies == 1 else rows.view(-1, ctx.copies, rows.shape[1]).sum(1), None, None, None
+
+
+class GroupedMM(nn.Module):
+    """PyTorch's grouped GEMM: sort the slots, gather, multiply, activate, multiply, and put the rows back.
+
+    Takes one width for all experts, so narrower ones are padded to the widest with zeros. Gate and up are one GEMM.
+    Nothing is read back to the host.
+    """
+
+    def __init__(self, config: MoEConfig, state: State) -> None:
+        super().__init__()
+        self.config, layout = config, config.layout
+        ups = [_stack(state[name], layout) for name in ("w1", "w3") if name in state]
+        self.router_weight = nn.Parameter(state["router.weight"].clone())
+        self.w_up = nn.Parameter(torch.cat(ups, dim=2))
+        self.w_down = nn.Parameter(_stack(state["w2"].t(), layout).transpose(1, 2).contiguous())
+        self.experts = nn.Buffer(torch.arange(layout.num_experts, device=self.w_up.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        K = self.config.num_active_experts
+        _, _, topk_weights, topk_ids = route_tokens(x, self.router_weight, num_active_experts=K)
+        sorted_ids, row_to_slot = topk_ids.flatten().sort(stable=True)
+        offsets = torch.searchsorted(sorted_ids, self.experts, right=True, out_int32=True)
+        slot_to_row = torch.empty_like(row_to_slot)
+        slot_to_row[row_to_slot] = torch.arange(row_to_slot.numel(), device=x.device)
+
+        rows: Tensor = _Reorder.apply(x, row_to_slot // K, slot_to_row, K)  # type: ignore[assignment]
+        h = F.grouped_mm(rows, self.w_up, offs=offsets)
+        act = _ACTIVATION[self.config.activation]
+        if is_gated(self.config.activation):
+            gate, up = h.chunk(2, dim=1)
+            a = act(gate) * up
+        else:
+            a = act(h)
+        y: Tensor = F.grouped_mm(a, self.w_down, offs=offsets)
+        y = _Reorder.apply(y, slot_to_row, row_to_slot, 1)  # type: ignore[assignment]
+        return torch.bmm(topk_weights[:, None], y.view(-1, K, y.shape[1])).squeeze(1)
+
+    def gradients(self) -> dict[str, Tensor]:
+        layout = self.config.layout
+        assert self.router_weight.grad is not None
+        assert self.w_up.grad is not None
+        assert self.w_down.grad is not None
+        ups = (_unstack(part, layout) for part in self.w_up.grad.split(layout.max_width, dim=2))
+        named = {"drouter": self.router_weight.grad, **dict(zip(("dw1", "dw3"), ups, strict=False))}
+        return named | {"dw2": _unstack(self.w_down.grad.transpose(1, 2), layout).t()}
+
+
+def grouped_mm(config: MoEConfig, state: State) -> Layer:
+    """`GroupedMM`, eager. Raises CannotRun where PyTorch's kernel does not take the dtype."""
+    weight = state["w1"]
+    if weight.is_cuda and weight.dtype != torch.bfloat16:
+        raise CannotRun(f"PyTorch's grouped GEMM has a kernel for bfloat16 alone, and this is {weight.dtype}.")
+    module = GroupedMM(config, state)
+    return Layer(module, list(module.parameters()), module.gradients)
+
+
+def grouped_mm_compiled(config: MoEConfig, state: State) -> Layer:
+    """`GroupedMM` under torch.compile, compiled for each number of tokens."""
+    layer = grouped_mm(config, state)
+    return dataclasses.replace(layer, forward=torch.compile(layer.forward, dynamic=False))
+
+
+def scattermoe(config: MoEConfig, state: State) -> Layer:
+    """ScatterMoE's own MLP (github.com/shawntan/scattermoe) behind our router. Raises CannotRun without the package, a
+    GPU, or for experts of different widths."""
+    weight, layout = state["w1"], config.layout
+    if len(layout.width_classes) > 1:
+        raise CannotRun("ScatterMoE takes experts of one width.")
+    if not weight.is_cuda:
+        raise CannotRun("ScatterMoE runs on CUDA alone.")
+    try:
+        library = importlib.import_module("scattermoe.mlp")
+    except ImportError as error:
+        raise CannotRun(f"ScatterMoE cannot be imported: {error}.") from error
+    gated, K = is_gated(config.activation), config.num_active_experts
+    with torch.device(weight.device):
+        mlp: nn.Module = (library.GLUMLP if gated else library.MLP)(
+            config.hidden_size, layout.max_width, layout.num_experts, K, activation=_ACTIVATION[config.activation]
+        )
+    mlp.to(weight.dtype)
+    router_weight = nn.Parameter(state["router.weight"].clone())
+    up, down = mlp.get_parameter("experts.weight"), mlp.get_parameter("output_experts.weight")
+    names = ("w3", "w1") if gated else ("w1",)
+    with torch.no_grad():
+        up.copy_(torch.cat([_stack(state[name], layout) for name in names], dim=2).transpose(1, 2))
+        down.copy_(_stack(state["w2"].t(), layout))
+
+    def forward(x: Tensor) -> Tensor:
+        _, _, topk_weights, topk_ids = route_tokens(x, router_weight, num_active_experts=K)
+        return mlp(x, topk_weights, topk_ids)
+
+    def gradients() -> dict[str, Tensor]:
+        assert router_weight.grad is not None
+        assert up.grad is not None
+        assert down.grad is not None
+        ups = (_unstack(part.transpose(1, 2), layout) for part in up.grad.split(layout.max_width, dim=1))
+        named = {"drouter": router_weight.grad, **{f"d{name}": dw for name, dw in zip(names, ups, strict=True)}}
+        return named | {"dw2": _unstack(down.grad, layout).t()}
+
+    return Layer(forward, [router_weight, *mlp.parameters()], gradients)
+
+
+CONTESTANTS: dict[str, Callable[[MoEConfig, State], Layer]] = {
+    build.__name__: build for build in (triton_moe, torch_loop, grouped_mm, grouped_mm_compiled, scattermoe)
+}
+OURS = ("triton_moe", "torch_loop")
+"""Those that the gate holds to the error budget of the project's own tests."""

@@ -1,0 +1,181 @@
+"""The benchmarks' commands on tiny shapes, and what keeps their numbers honest."""
+
+import csv
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import accuracy
+import bench_moe
+import contestants
+import pytest
+import results
+import stress
+import torch
+from cases import CASES, GROUPS, bench_case, select
+
+from triton_moe import moe_mlp
+from triton_moe.testing import SEED_CASES
+
+PROVENANCE = ["gpu", "driver", "torch", "triton", "python", "commit", "date"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_bench_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_moe.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "bench_moe.csv")
+    ran = {(row["case"], row["contestant"]) for row in rows}
+    assert ran == {(case.name, name) for case in GROUPS["quick"] for name in ("triton_moe", "torch_loop", "grouped_mm")}
+    assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
+    for row in rows:
+        assert min(float(row[column]) for column in ("forward_ms", "step_ms", "forward_tflops", "saved_MiB")) > 0
+    printed = capsys.readouterr().out
+    assert "quick_uniform: no time for scattermoe. ScatterMoE runs on CUDA alone." in printed
+    assert "quick_variable: no time for scattermoe. ScatterMoE takes experts of one width." in printed
+
+
+def test_a_contestant_that_raises_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_args: object) -> contestants.Layer:
+        raise RuntimeError("no such kernel\nand a long story")
+
+    monkeypatch.setitem(contestants.CONTESTANTS, "grouped_mm", broken)
+    assert bench_moe.main(["--quick", "--cases", "quick_uniform", "--out", str(tmp_path)]) == 0
+    assert "quick_uniform: no time for grouped_mm. RuntimeError: no such kernel\n" in capsys.readouterr().out
+
+
+def times_two(layer: contestants.Layer, name: str) -> contestants.Layer:
+    """The same layer, with one of its gradients twice what it should be."""
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = layer.gradients()
+        return found | {name: 2 * found[name]}
+
+    return dataclasses.replace(layer, gradients=gradients)
+
+
+@pytest.mark.parametrize("contestant", ["triton_moe", "grouped_mm"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda layer: dataclasses.replace(layer, forward=lambda x: 0 * layer.forward(x)),
+        lambda layer: dataclasses.replace(layer, forward=lambda x: torch.nan * layer.forward(x)),
+        lambda layer: times_two(layer, "drouter"),
+        lambda layer: times_two(layer, "dw3"),
+    ],
+    ids=["zeros", "nan", "router gradient", "w3 gradient"],
+)
+def test_the_gate_refuses_a_wrong_contestant(
+    spoil: Callable[[contestants.Layer], contestants.Layer],
+    contestant: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = contestants.CONTESTANTS[contestant]
+    monkeypatch.setitem(contestants.CONTESTANTS, contestant, lambda *args: spoil(right(*args)))
+    arguments = ["--quick", "--cases", "quick_variable", "--out", str(tmp_path), "--contestants", contestant]
+    assert bench_moe.main([*arguments, "torch_loop"]) == (contestant == "triton_moe")
+    assert f"quick_variable: no time for {contestant}. " in capsys.readouterr().out
+    assert [row["contestant"] for row in rows_of(tmp_path / "bench_moe.csv")] == ["torch_loop"]
+
+
+def test_stacked_weights_are_the_packed_ones() -> None:
+    layout = bench_case("", 1, 6, [(2, 8), (1, 3)], 1, "swiglu").config.layout
+    packed = torch.randn(6, layout.total_width)
+    stacked = contestants._stack(packed, layout)
+    assert stacked.shape == (3, 6, 8)
+    assert not stacked[2, :, 3:].any()
+    assert torch.equal(contestants._unstack(stacked, layout), packed)
+
+
+def test_flops() -> None:
+    # Two of three experts for each of 5 tokens, of mean width (2 * 8 + 5) / 3 = 7: 10 rows of 7 columns, H = 4, so that
+    # a matrix takes 2 * 10 * 7 * 4 = 560 operations.
+    assert bench_case("", 5, 4, [(2, 8), (1, 5)], 2, "gelu").forward_flops() == 2 * 560
+    assert bench_case("", 5, 4, [(2, 8), (1, 5)], 2, "swiglu").forward_flops() == 3 * 560
+
+
+def test_the_seed_cases_are_those_of_the_tests() -> None:
+    tested = [(case.num_tokens, case.hidden_size, case.widths, case.top_k) for case in SEED_CASES[:8]]
+    assert tested == [
+        (case.num_tokens, case.config.hidden_size, case.config.layout.widths, case.config.num_active_experts)
+        for case in GROUPS["seed"][:8]
+    ]
+
+
+def test_select() -> None:
+    assert [case.name for case in select(["quick", "quick_uniform"])] == ["quick_uniform", "quick_variable"]
+    assert len(select(["all"])) == len(CASES) - len(GROUPS["quick"])
+    with pytest.raises(ValueError, match=r"cases: expected some of .*, got 'nothing'"):
+        select(["nothing"])
+
+
+def test_accuracy(tmp_path: Path) -> None:
+    assert accuracy.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "accuracy.csv")
+    assert {(row["dtype"], row["tensor"]) for row in rows} == {
+        (dtype, tensor)
+        for dtype in ("bfloat16", "float16", "float32")
+        for tensor in ("out", "dx", "dtopk_weights", "dw1", "dw2", "dw3")
+    }
+    assert {row["result"] for row in rows} == {"pass"}
+    assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
+
+
+def zeros(*args, **kwargs) -> torch.Tensor:
+    return 0 * moe_mlp(*args, **kwargs)
+
+
+def test_accuracy_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "moe_mlp", zeros)
+    assert accuracy.main(["--quick", "--out", str(tmp_path)]) == 1
+    assert {row["result"] for row in rows_of(tmp_path / "accuracy.csv")} == {"fail"}
+
+
+def test_stress(tmp_path: Path) -> None:
+    assert stress.main(["--quick", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path / "stress.csv")
+    assert row["draws"] == row["asked"] == "20"
+    assert row["mismatches"] == row["bitwise_differences"] == row["crashes"] == "0"
+    assert list(row)[-len(PROVENANCE) :] == PROVENANCE
+
+
+def noise(*args, **kwargs) -> torch.Tensor:
+    out = moe_mlp(*args, **kwargs)
+    return out * (1 + torch.finfo(out.dtype).eps * torch.randint_like(out, 2))
+
+
+@pytest.mark.parametrize(("wrong", "column"), [(zeros, "mismatches"), (noise, "bitwise_differences")])
+def test_stress_fails(wrong: Callable, column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stress, "moe_mlp", wrong)
+    assert stress.main(["--quick", "--out", str(tmp_path)]) == 1
+    (row,) = rows_of(tmp_path / "stress.csv")
+    assert int(row[column]) > 0
+
+
+def test_a_draw_is_its_seed() -> None:
+    assert stress.draw(12345) == stress.draw(12345)
+    assert stress.draw(12345) != stress.draw(12345 + stress.NUM_PROFILES)
+
+
+def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    results.append(path, [{"case": "x", "ms": 1.23456}])
+    results.append(path, [{"case": "y", "ms": None}])
+    for other in ({"case": "x"}, {"case": "x", "ms": 1.0, "more": 2}, {"ms": 1.0, "case": "x"}):
+        with pytest.raises(ValueError, match=r"a.csv: expected columns \['case', 'ms'\], got"):
+            results.append(path, [{"case": "z", "ms": 2.0}, other])
+    assert path.read_text() == "case,ms\nx,1.235\ny,\n"
