@@ -300,3 +300,37 @@ def test_what_is_around_the_experts_compiles_into_one_graph(monkeypatch, aux_los
     layer, x = _layer(aux_losses=aux_losses), _input(7)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_output_and_gradients_have_the_dtypes_that_linear_gives(self, dtype, x_dtype):
+        layer, linear = _layer(activation="swiglu"), torch.nn.Linear(H, H, bias=False)
+        x = _input(7).to(x_dtype).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            out, aux, f = layer(x)
+            assert out.dtype == linear(x).dtype == dtype
+        assert f.dtype == x_dtype
+        assert {value.dtype for value in aux.values()} == {torch.float32}
+        (out.float().sum() + sum(aux[name] for name in LOSSES)).backward()
+        assert x.grad is not None
+        assert x.grad.dtype == x_dtype
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+        assert {parameter.grad.dtype for parameter in layer.parameters()} == {torch.float32}  # type: ignore[union-attr]
+
+    def test_is_the_layer_in_that_dtype(self):
+        layer, x = _layer(activation="swiglu"), _input(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, aux, f = layer(x)
+        expected, expected_aux, expected_f = copy.deepcopy(layer).bfloat16()(x.bfloat16())
+        assert torch.equal(out, expected)
+        assert all(torch.equal(aux[name], expected_aux[name]) for name in aux)
+        torch.testing.assert_close(f, expected_f.float(), rtol=1e-2, atol=0)
+
+    def test_float64_is_not_cast(self):
+        layer, x = _layer(dtype=torch.float64), _input(7, dtype=torch.float64)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x)[0].dtype == torch.float64
+            with pytest.raises(ValueError, match=r"^x: expected torch\.float32 on cpu as the weights"):
+                _layer()(x)

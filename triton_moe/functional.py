@@ -122,6 +122,14 @@ def _check_reserved(**options: tuple[object, object]) -> None:
             _fail(name, f"{default!r}, all that is supported so far", got)
 
 
+def matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product takes a tensor: autocast's where that is on, but for float64, or its own."""
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    casts = on and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts else tensor.dtype
+
+
 def moe_mlp(
     x: Tensor,
     topk_weights: Tensor,
@@ -149,8 +157,7 @@ def moe_mlp(
         x: `(T, H)` or `(..., H)` of any strides; float32, bfloat16 or float16 (any float dtype in plain PyTorch).
         topk_weights: `(T, K)`, float32 or x's dtype; its gradient has its own dtype.
         topk_ids: `(T, K)` int32 or int64. An id may repeat within a token. Id E means "no expert": the slot adds
-        nothing;
-            so does any other id out of range, which raises if the environment has TRITON_MOE_CHECK_IDS=1.
+            nothing; so does any other id out of range, which raises if the environment has TRITON_MOE_CHECK_IDS=1.
         w1, w3: `(H, S)`, x's dtype, either orientation in memory. w3 only with a gated activation; w1 is the gate.
         w2: `(S, H)`, likewise.
         layout: the experts' widths and offsets.
@@ -160,8 +167,9 @@ def moe_mlp(
         b1, b2, b3, activation_memory, recompute: reserved; anything but the default raises.
 
     Returns:
-        x's shape and dtype. Differentiable in x, topk_weights, w1, w2 and w3; the same inputs give the same bits. On
-        CUDA nothing is read back to the host.
+        x's shape and dtype; under autocast its dtype, to which x and the weights are cast first, as by nn.Linear.
+        Differentiable in x, topk_weights, w1, w2 and w3; the same inputs give the same bits. On CUDA nothing is read
+        back to the host.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
@@ -173,6 +181,8 @@ def moe_mlp(
     _check_type(x, Tensor, "x", "a tensor")
     if not x.is_floating_point() or x.dim() == 0:
         _fail("x", "a float tensor (..., H)", f"{x.dtype} of {x.dim()} dimensions")
+    x, w1, w2 = (t.to(matmul_dtype(t)) if isinstance(t, Tensor) else t for t in (x, w1, w2))
+    w3 = w3.to(matmul_dtype(w3)) if isinstance(w3, Tensor) else w3
     hidden_size = x.shape[-1]
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
     if routing is None:

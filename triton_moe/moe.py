@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
-from triton_moe.functional import BACKENDS, moe_mlp, route
+from triton_moe.functional import BACKENDS, matmul_dtype, moe_mlp, route
 from triton_moe.layout import ExpertLayout
 from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, router_z_loss
 from triton_moe.router import ROUTERS, route_tokens
@@ -143,10 +143,10 @@ class MoEMLP(nn.Module):
         """Rebuild every buffer from the config's integers. There is none as yet: tables are made at need."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """`x (..., H)`, in the weights' dtype -> `(out, aux, f_i)`.
+        """`x (..., H)`, in the weights' dtype (under autocast in any) -> `(out, aux, f_i)`.
 
         Returns:
-            out: x's shape and dtype.
+            out: x's shape and dtype, under autocast its dtype.
             aux: fp32 scalars, always these. Differentiable: `router_z_loss`, `load_balance_loss`, `compute_loss` (see
                 `losses.py`). Detached: `router_logits_abs_max`, `router_logits_mean`. All are 0 without tokens.
             f_i: `(E)` in x's dtype, the fraction of the T*K slots that went to each expert.
@@ -156,7 +156,7 @@ class MoEMLP(nn.Module):
         """
         self._check_input(x)
         config = self.config
-        tokens = x if x.dim() == 2 else x.reshape(-1, config.hidden_size)
+        tokens = (x if x.dim() == 2 else x.reshape(-1, config.hidden_size)).to(matmul_dtype(x))
         logits, probs, topk_weights, topk_ids = route_tokens(
             tokens,
             self.router.weight,
@@ -196,7 +196,7 @@ class MoEMLP(nn.Module):
         H, weight = self.config.hidden_size, self.w1
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != H:
             raise ValueError(f"x: expected shape (..., {H}), got {tuple(x.shape) if isinstance(x, Tensor) else x!r}")
-        if x.dtype != weight.dtype or x.device != weight.device:
+        if matmul_dtype(x) != matmul_dtype(weight) or x.device != weight.device:
             raise ValueError(
                 f"x: expected {weight.dtype} on {weight.device} as the weights, got {x.dtype} on {x.device}"
             )

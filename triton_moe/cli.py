@@ -1,0 +1,198 @@
+"""The command `triton-moe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from triton_moe.train.checkpoint import FILE_NAME, Checkpoint
+from triton_moe.train.config import TrainConfig
+from triton_moe.train.data import Corpus, windows
+from triton_moe.train.report import plot_usage, printable, usage_table
+from triton_moe.train.trainer import Trainer, stop_on_signal
+
+RUNS = Path("runs")
+PROMPT = b"def "
+_REPORT_EVERY = 10
+"""Steps between two readings of the loss, each of which waits for the device."""
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Mixture-of-experts layers of any widths, in Triton."
+)
+
+
+@app.callback()
+def _app() -> None:
+    """Keeps `train` a subcommand while it is the only one."""
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """`"4x256+2x64"` -> `((4, 256), (2, 64))`: count x width. Raises ValueError on anything else."""
+    pairs = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split("+")]
+    if not all(pairs):
+        raise ValueError(f"experts: expected count x width pairs such as 4x256+2x64, got {text!r}")
+    return tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
+
+
+def _device(name: str | None) -> torch.device:
+    """Raises ValueError on a device that cannot train here."""
+    has_cuda = torch.cuda.is_available()
+    usable = ("cpu", "cuda") if has_cuda else ("cpu",)
+    if name is not None and name.partition(":")[0] not in usable:
+        raise ValueError(f"device: expected one of {', '.join(usable)}, got {name!r}")
+    return torch.device(name or usable[-1])
+
+
+def _newest_run() -> Path:
+    runs = sorted(path.parent for path in RUNS.glob(f"*/{FILE_NAME}"))
+    if not runs:
+        raise ValueError(f"resume: expected a run under {RUNS}/ or one named with --out, got none")
+    return runs[-1]
+
+
+def _resumed(folder: Path, given: dict[str, Any]) -> Checkpoint:
+    """The folder's checkpoint, with more or fewer steps to go if asked. Nothing else of a run can change."""
+    checkpoint = Checkpoint.load(folder)
+    config = checkpoint.config
+    for name, value in given.items():
+        if name != "steps" and value != getattr(config, name):
+            raise ValueError(
+                f"{name}: expected nothing, or {getattr(config, name)!r} as the resumed run, got {value!r}"
+            )
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(config, steps=given.get("steps", config.steps)))
+
+
+def _start(
+    data: Path | None, out: Path | None, resume: bool, device: torch.device, given: dict[str, Any]
+) -> tuple[Trainer, Path]:
+    if "expert_sizes" in given:
+        given["expert_sizes"] = parse_sizes(given["expert_sizes"])
+    checkpoint = None
+    if resume:
+        out = out or _newest_run()
+        checkpoint = _resumed(out, given)
+        config = checkpoint.config
+    else:
+        out = out or RUNS / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        if (out / FILE_NAME).exists():
+            raise ValueError(f"out: expected a folder without a run, got {out}, which has one: add --resume")
+        config = TrainConfig.for_device(device.type, **given)
+    corpus = Corpus.load(data)
+    if checkpoint is not None and corpus.source != checkpoint.source:
+        raise ValueError(f"data: expected the run's text, {checkpoint.source}, got {corpus.source}")
+    return Trainer(config, corpus, device, checkpoint), out
+
+
+def _train(trainer: Trainer, out: Path, checkpoint_every: int, console: Console) -> bool:
+    """Run the steps that are left, saving now and then and at the end; False if a signal stopped it."""
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"))
+    saved_at = trainer.done
+    with stop_on_signal() as stop, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=trainer.config.steps, completed=trainer.done, status="")
+        while trainer.done < trainer.config.steps and not stop.is_set():
+            until = min(trainer.done + _REPORT_EVERY, trainer.config.steps)
+            with trainer.timed():
+                while trainer.done < until and not stop.is_set():
+                    loss = trainer.step()
+            speed = trainer.done * trainer.tokens_per_step / trainer.seconds
+            progress.update(task, completed=trainer.done, status=f"loss {float(loss):.3f}, {speed:,.0f} tokens/s")
+            if trainer.done - saved_at >= checkpoint_every:
+                trainer.checkpoint().save(out)
+                saved_at = trainer.done
+        trainer.checkpoint().save(out)
+        return not stop.is_set()
+
+
+def _conclude(trainer: Trainer, out: Path, sample_bytes: int, console: Console) -> None:
+    corpus, context = trainer.corpus, trainer.config.context
+    seen, held_out = windows(corpus.train, context), windows(corpus.held_out, context)
+    train_loss, held_out_loss = trainer.loss_on(seen), trainer.loss_on(held_out)
+    usage, layout = trainer.usage.cpu(), trainer.config.moe.layout
+    plot = out / "usage.png"
+    plot_usage(usage, layout, plot)
+    sample = trainer.model.generate(PROMPT, sample_bytes)
+    console.print(f"\n[bold]Sample[/bold], continuing {PROMPT.decode()!r}:\n")
+    console.print(printable(sample), markup=False, highlight=False)
+    console.print()
+    console.print(usage_table(usage, layout))
+    console.print(f"train loss      {train_loss:.3f} nats a byte")
+    console.print(f"held-out loss   {held_out_loss:.3f}")
+    console.print(f"unigram model   {corpus.unigram_loss(held_out[:, 1:]):.3f}, on the same held-out bytes")
+    console.print(f"speed           {trainer.done * trainer.tokens_per_step / trainer.seconds:,.0f} tokens/s")
+    console.print(
+        f"plot            {escape(str(plot))}\ncheckpoint      {escape(str(out / FILE_NAME))}", highlight=False
+    )
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path | None, typer.Option(help="A file or a folder of text. [default: the Python standard library's sources]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/<date-time>]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or the newest one.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    experts: Annotated[str | None, typer.Option(help="count x width, as in 4x256+2x64; width 0: null experts.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts a token.")] = None,
+    activation: Annotated[str | None, typer.Option(help="Of the experts, such as swiglu or relu_squared.")] = None,
+    hidden_size: Annotated[int | None, typer.Option()] = None,
+    num_layers: Annotated[int | None, typer.Option()] = None,
+    num_heads: Annotated[int | None, typer.Option()] = None,
+    context: Annotated[int | None, typer.Option(help="Bytes a prediction may look back on.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, or bf16: autocast.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Of the MoE layers: auto, triton or torch.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 500,
+    sample_bytes: Annotated[int, typer.Option(min=0, help="Length of the sample at the end.")] = 300,
+) -> None:
+    """Train a byte-level GPT whose MLPs are variable-width MoE layers, on real text.
+
+    What is not given has a default for the device. Ctrl-C saves a checkpoint and ends; --resume goes on from there.
+    """
+    console = Console()
+    options = {
+        "steps": steps,
+        "expert_sizes": experts,
+        "num_active_experts": top_k,
+        "activation": activation,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "context": context,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "precision": precision,
+        "backend": backend,
+        "seed": seed,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        chosen = _device(device)
+        trainer, out = _start(data, out, resume, chosen, given)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    config = trainer.config
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    sizes = " + ".join(f"{count}x{width}" for count, width in config.expert_sizes)
+    console.print(escape(f"text: {trainer.corpus.source}"), highlight=False)
+    console.print(
+        f"model: {parameters / 1e6:.1f} M parameters, {config.num_layers} layers of hidden size {config.hidden_size}, "
+        f"experts {sizes}, top-{config.num_active_experts}, {config.activation}, {config.precision} on {chosen}",
+        highlight=False,
+    )
+    if not _train(trainer, out, checkpoint_every, console):
+        console.print(f"Stopped after {trainer.done} steps; saved. Go on: triton-moe train --resume --out {out}")
+        raise typer.Exit(130)
+    _conclude(trainer, out, sample_bytes, console)
