@@ -9,6 +9,7 @@ import accuracy
 import bench_moe
 import contestants
 import pytest
+import report
 import results
 import stress
 import torch
@@ -179,3 +180,19 @@ def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"a.csv: expected columns \['case', 'ms'\], got"):
             results.append(path, [{"case": "z", "ms": 2.0}, other])
     assert path.read_text() == "case,ms\nx,1.235\ny,\n"
+
+
+class TestReport:
+    def test_readme_says_what_the_rows_say(self) -> None:
+        readme = report.README.read_text()
+        assert report.with_measured(readme) == readme
+
+    def test_newest_rows_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "stress.csv"
+        row = dict.fromkeys(("draws", "mismatches", "bitwise_differences", "gpu", "torch", "triton"), "0")
+        results.append(path, [{**row, "draws": draws, "date": "d", "commit": draws} for draws in ("old", "new")])
+        assert "run twice: new draws, 0 outside" in report.measured(tmp_path)
+
+    def test_a_readme_without_the_part_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"^README: expected one part between .*, got 0"):
+            report.with_measured("# Nothing measured")

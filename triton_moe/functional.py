@@ -125,7 +125,7 @@ def _check_reserved(**options: tuple[object, object]) -> None:
 def matmul_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a matrix product takes a tensor: autocast's where that is on, but for float64, or its own."""
     kind = tensor.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
     casts = on and tensor.is_floating_point() and tensor.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if casts else tensor.dtype
 

@@ -6,8 +6,7 @@ row `(E)` of them, which may be that mean: whoever needs both computes it once.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
 
 
-def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout) -> Tensor:
+def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout, rivals: Tensor | None = None) -> Tensor:
     """How unevenly the experts are used: `E * sum_e(f_e p_e)` if all have one width (Switch, arXiv:2101.03961, eq. 4).
 
     Otherwise `n * sum_e(f_e p_e)` over each width class of n > 1 experts, averaged over these classes: experts compete
@@ -30,15 +29,20 @@ def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout) -> Tensor:
     Args:
         probs: `(T, E)` or `(E)`, see above.
         f: `(E)`, the fraction of routed slots that chose expert e. No gradient reaches it.
+        rivals: `num_rivals(layout)` as a tensor, if it is on the device already.
     """
-    coefficients = _constant_table(_balance_coefficients, layout, probs.dtype, probs.device)
-    return (coefficients * f.detach() * mean_over_tokens(probs)).sum()
+    rivals = _table(num_rivals(layout), probs) if rivals is None else rivals
+    num_classes = sum(len(experts) > 1 for experts in layout.width_classes.values())
+    return (rivals * f.detach() * mean_over_tokens(probs)).sum() / max(num_classes, 1)
 
 
-def compute_loss(probs: Tensor, layout: ExpertLayout) -> Tensor:
-    """What the choice costs: `mean_t(probs @ widths / mean width)`, mean width `S / E`. 1 if all scores are `1 / E`."""
-    widths = _constant_table(_relative_widths, layout, probs.dtype, probs.device)
-    return (widths * mean_over_tokens(probs)).sum()
+def compute_loss(probs: Tensor, layout: ExpertLayout, widths: Tensor | None = None) -> Tensor:
+    """What the choice costs: `mean_t(probs @ widths / mean width)`, mean width `S / E`. 1 if all scores are `1 / E`.
+
+    `widths` is the layout's as a tensor, if it is on the device already.
+    """
+    widths = _table(layout.widths, probs) if widths is None else widths
+    return (widths * mean_over_tokens(probs)).sum() * (layout.num_experts / layout.total_width)
 
 
 def mean_over_tokens(probs: Tensor) -> Tensor:
@@ -46,31 +50,12 @@ def mean_over_tokens(probs: Tensor) -> Tensor:
     return probs if probs.dim() == 1 else probs.sum(dim=0) / max(probs.shape[0], 1)
 
 
-def _balance_coefficients(layout: ExpertLayout) -> list[float]:
-    """`c (E)` such that the load balance loss is `sum(c f p)`."""
-    classes = [experts for experts in layout.width_classes.values() if len(experts) > 1]
-    coefficients = [0.0 if classes else 1.0] * layout.num_experts
-    for experts in classes:
-        for e in experts:
-            coefficients[e] = len(experts) / len(classes)
-    return coefficients
+def num_rivals(layout: ExpertLayout) -> list[int]:
+    """For each expert, how many have its width, itself included; 0 if it alone has it, but 1 if that is so of all."""
+    classes = layout.width_classes
+    lonely = 0 if any(len(experts) > 1 for experts in classes.values()) else 1
+    return [len(classes[width]) if len(classes[width]) > 1 else lonely for width in layout.widths]
 
 
-def _relative_widths(layout: ExpertLayout) -> list[float]:
-    return [width * layout.num_experts / layout.total_width for width in layout.widths]
-
-
-@torch.compiler.assume_constant_result
-def _constant_table(
-    values: Callable[[ExpertLayout], list[float]], layout: ExpertLayout, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """A compiled graph holds the table as a constant: traced into, it would be copied to the device at every call."""
-    return _cached_table(values, layout, dtype, device)
-
-
-@functools.cache
-def _cached_table(
-    values: Callable[[ExpertLayout], list[float]], layout: ExpertLayout, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values(layout), dtype=dtype, device=device)
+def _table(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=like.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from triton_moe.activations import is_gated
 from triton_moe.functional import BACKENDS, matmul_dtype, moe_mlp, route
 from triton_moe.layout import ExpertLayout
-from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, router_z_loss
+from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, num_rivals, router_z_loss
 from triton_moe.router import ROUTERS, route_tokens
 
 
@@ -102,6 +102,10 @@ class MoEMLP(nn.Module):
     """
 
     w3: nn.Parameter | None
+    rivals: Tensor
+    """(E) int32: `num_rivals` of the layout"""
+    widths: Tensor
+    """(E) int32"""
 
     def __init__(
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -140,7 +144,11 @@ class MoEMLP(nn.Module):
         self.init_params()
 
     def _init_buffers(self) -> None:
-        """Rebuild every buffer from the config's integers. There is none as yet: tables are made at need."""
+        """Rebuild every buffer from the layout. They are integers, which no cast of the module rounds."""
+        device = self.w1.device
+        tables = {"rivals": num_rivals(self.layout), "widths": self.layout.widths}
+        for name, values in tables.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int32, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """`x (..., H)`, in the weights' dtype (under autocast in any) -> `(out, aux, f_i)`.
@@ -187,7 +195,11 @@ class MoEMLP(nn.Module):
         losses, statistics = (zero,) * 3, (zero,) * 2
         if self.config.aux_losses:
             p = mean_over_tokens(probs)
-            losses = (router_z_loss(logits), load_balance_loss(p, f, self.layout), compute_loss(p, self.layout))
+            losses = (
+                router_z_loss(logits),
+                load_balance_loss(p, f, self.layout, self.rivals),
+                compute_loss(p, self.layout, self.widths),
+            )
             if raw.numel():
                 statistics = (torch.linalg.vector_norm(raw, torch.inf), raw.mean())
         return dict(zip(AUX, (*losses, *statistics), strict=True))
