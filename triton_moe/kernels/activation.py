@@ -28,7 +28,7 @@ _TANH_CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
 @triton.jit
 def gelu_tanh_gate(z):
-    """(1 + tanh(u)) / 2 = sigmoid(2 u), u the cubic of gelu's tanh form: without the cancellation of 1 + tanh(u)."""
+    """(1 + tanh(u)) / 2 = sigmoid(2 u), u gelu_tanh's odd cubic: without the cancellation of 1 + tanh(u)."""
     return tl.sigmoid(2 * (z + z * z * z * _TANH_CUBIC) * _TANH_SCALE)
 
 
@@ -67,7 +67,8 @@ def act_bwd(z, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         s = gelu_tanh_gate(z)
-        return s + 2 * z * s * (1 - s) * (1 + z * z * 3 * _TANH_CUBIC) * _TANH_SCALE
+        rest = gelu_tanh_gate(-z)  # 1 - s, whose rounding the polynomial below would multiply
+        return s + 2 * z * s * rest * (1 + z * z * 3 * _TANH_CUBIC) * _TANH_SCALE
 
 
 @triton.jit
