@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     append(path, [row])
     print(", ".join(f"{name} {text(value)}" for name, value in row.items()) + f". Row: {path}")
-    failed = bool(row["mismatches"] or row["bitwise_differences"] or row["crashes"])
+    failed = bool(row["mismatches"] or row["bitwise_differences"] or row["crashes"] or row["draws"] < count)
     print("FAILED" if failed else f"PASSED: all of {row['draws']} draws")
     return int(failed)
 

@@ -1,12 +1,15 @@
 """moe_mlp on the kernels, output and every gradient, within the error budget of the fp64 oracle."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from conftest import KERNEL_DEVICE, KERNEL_DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from operators import inputs_for
 from triton_moe import moe_mlp
@@ -78,6 +81,31 @@ def test_backward_may_run_again_but_has_no_backward(device: str) -> None:
         torch.autograd.grad(out, x, inputs.dout, create_graph=True)
 
 
+@pytest.mark.parametrize("wide", ["w1", "w2", "w3"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda w: torch.cat([w, w], dim=1)[:, : w.shape[1]], lambda w: w.t().contiguous().t()],
+    ids=["wider rows", "transposed"],
+)
+def test_each_weight_may_have_strides_of_its_own(view: Callable[[Tensor], Tensor], wide: str, device: str) -> None:
+    inputs = inputs_for(Case(21, 24, (16, 5, 0, 33), 3, "swiglu", reason="views"), torch.float32, device)
+    names = ("x", "topk_weights", "topk_ids", "w1", "w2", "w3")
+
+    def viewed(*operands: Tensor, **options: Any) -> Tensor:
+        return kernels(*(view(t) if name == wide else t for name, t in zip(names, operands, strict=True)), **options)
+
+    check_against_oracle(viewed, inputs)
+
+
+def test_ids_changed_before_backward_raise(device: str) -> None:
+    inputs = inputs_for(Case(9, 8, (8, 5), 2, "silu", reason="reused ids"), torch.float32, device)
+    x, ids = inputs.x.clone().requires_grad_(), inputs.topk_ids.clone()
+    out = kernels(x, inputs.topk_weights, ids, inputs.w1, inputs.w2, layout=inputs.layout, activation="silu")
+    ids.fill_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(inputs.dout)
+
+
 def test_two_runs_agree_bit_for_bit(device: str, dtype: torch.dtype) -> None:
     inputs = inputs_for(Case(50, 24, (16, 5, 0, 33), 3, "swiglu", reason="determinism"), dtype, device)
     first, second = run(kernels, inputs), run(kernels, inputs)
@@ -92,7 +120,7 @@ ROUTINGS = ("random", "one expert", "dropped", "repeated")
 def test_random_layouts_and_routings(data: st.DataObject) -> None:
     """Any widths, any routing, any shape: the kernels stay within the budget, forward and backward."""
     widths = data.draw(
-        st.lists(st.sampled_from([0, 1, 3, 8, 16, 17, 33]), min_size=1, max_size=6).filter(any), "widths"
+        st.lists(st.sampled_from([0, 1, 3, 8, 16, 17, 33, 100]), min_size=1, max_size=6).filter(any), "widths"
     )
     case = Case(
         num_tokens=data.draw(st.integers(0, 24), "num_tokens"),

@@ -36,6 +36,7 @@ BAD = [
     ("w1", {"w1": W(3, 7)}, "shape (3, 6), got (3, 7)"),
     ("w1", {"w1": W(3, 6, dtype=torch.float64)}, "torch.float32 on cpu as x, got torch.float64"),
     ("w1", {"w1": W(3, 6, device="meta")}, "torch.float32 on cpu as x, got torch.float32 on meta"),
+    ("w2", {"w2": None}, "a tensor, got NoneType"),
     ("w2", {"w2": W(3, 6)}, "shape (6, 3), got (3, 6)"),
     ("w3", {"w3": W(3, 6)}, "None with an activation that is not gated"),
     ("w3", {"activation": "swiglu"}, "the up weights of a gated activation, got None"),

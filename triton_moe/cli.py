@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,10 +87,14 @@ def _start(
         if (out / FILE_NAME).exists():
             raise ValueError(f"out: expected a folder without a run, got {out}, which has one: add --resume")
         config = TrainConfig.for_device(device.type, **given)
+    if config.backend == "triton" and device.type != "cuda":
+        raise ValueError(f"backend: expected auto or torch on {device.type}, got 'triton'")
     corpus = Corpus.load(data)
     if checkpoint is not None and corpus.source != checkpoint.source:
         raise ValueError(f"data: expected the run's text, {checkpoint.source}, got {corpus.source}")
-    return Trainer(config, corpus, device, checkpoint), out
+    trainer = Trainer(config, corpus, device, checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    return trainer, out
 
 
 def _train(trainer: Trainer, out: Path, checkpoint_every: int, console: Console) -> bool:
@@ -105,6 +110,10 @@ def _train(trainer: Trainer, out: Path, checkpoint_every: int, console: Console)
                     loss = trainer.step()
             speed = trainer.done * trainer.tokens_per_step / trainer.seconds
             progress.update(task, completed=trainer.done, status=f"loss {float(loss):.3f}, {speed:,.0f} tokens/s")
+            if not math.isfinite(float(loss)):
+                raise FloatingPointError(
+                    f"the loss is {float(loss)} after {trainer.done} steps: try a lower learning rate"
+                )
             if trainer.done - saved_at >= checkpoint_every:
                 trainer.checkpoint().save(out)
                 saved_at = trainer.done
@@ -181,7 +190,7 @@ def train(
     try:
         chosen = _device(device)
         trainer, out = _start(data, out, resume, chosen, given)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     config = trainer.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -193,6 +202,8 @@ def train(
         highlight=False,
     )
     if not _train(trainer, out, checkpoint_every, console):
-        console.print(f"Stopped after {trainer.done} steps; saved. Go on: triton-moe train --resume --out {out}")
+        console.print(
+            f"Stopped after {trainer.done} steps; saved. Go on with --resume --out {out}, other options as now."
+        )
         raise typer.Exit(130)
     _conclude(trainer, out, sample_bytes, console)

@@ -184,6 +184,7 @@ def moe_mlp(
     x, w1, w2 = (t.to(matmul_dtype(t)) if isinstance(t, Tensor) else t for t in (x, w1, w2))
     w3 = w3.to(matmul_dtype(w3)) if isinstance(w3, Tensor) else w3
     hidden_size = x.shape[-1]
+    _check_type(w2, Tensor, "w2", "a tensor")
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
     if routing is None:
         _check_ids(topk_ids, layout)
@@ -230,6 +231,8 @@ def _implementation(routing: Routing, tensor: Tensor, argument: str):
     _check_type(routing, Routing, "routing", "a Routing")
     _check_type(tensor, Tensor, argument, "a tensor")
     _check_device(tensor, argument, routing.row_to_slot.device)
+    if not tensor.is_floating_point():
+        _fail(argument, "a float tensor", tensor.dtype)
     if not routing.block_m:
         return torch_backend
     if tensor.dtype not in _KERNEL_DTYPES:

@@ -107,7 +107,7 @@ def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
     chosen = y[row.clamp_min(0)]
     chosen = chosen.masked_fill((row < 0)[..., None], 0)
     weights = topk_weights.masked_fill(row < 0, 0)
-    return torch.einsum("tk,tkh->th", weights.to(wide), chosen.to(wide)).to(y.dtype)
+    return (weights.to(wide)[..., None] * chosen.to(wide)).sum(1, dtype=wide).to(y.dtype)
 
 
 def moe_mlp(

@@ -92,10 +92,8 @@ def layout_tables(layout: ExpertLayout, device: torch.device) -> LayoutTables:
     for place, expert in enumerate(by_width):
         rank[expert] = place
     with torch.inference_mode(False):
-        table = torch.tensor([layout.widths, layout.offsets, rank], dtype=torch.int32)
-        widths, offsets, width_rank = (
-            table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-        )
+        # Waits for the copy, once a layout: the next call may be on another stream.
+        widths, offsets, width_rank = torch.tensor([layout.widths, layout.offsets, rank], dtype=torch.int32).to(device)
     return LayoutTables(widths, offsets, width_rank, math.gcd(16, *layout.widths))
 
 
@@ -111,4 +109,6 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 
 def with_strides_of(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor itself if it lies in memory as `other` does, else a copy that does."""
-    return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
+    if tensor.stride() == other.stride():
+        return tensor
+    return torch.empty_strided(other.shape, other.stride(), dtype=other.dtype, device=other.device).copy_(tensor)

@@ -29,14 +29,14 @@ class _MoEMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, topk_weights, w1, w2, w3, routing: Routing, activation: str):
         out, pre = _forward(x, topk_weights, w1, w2, w3, routing, activation, keep_pre=True)
-        ctx.save_for_backward(x, topk_weights, w1, w2, w3, pre)
+        ctx.save_for_backward(x, topk_weights, w1, w2, w3, pre, routing.topk_ids)
         ctx.routing, ctx.activation = routing, activation
         return out
 
     @staticmethod
     @first_order
     def backward(ctx, dout):
-        x, topk_weights, w1, w2, w3, pre = ctx.saved_tensors
+        x, topk_weights, w1, w2, w3, pre, _ = ctx.saved_tensors  # raises if the ids were changed in place
         routing = ctx.routing
         need_x, _, need_w1, need_w2, need_w3 = ctx.needs_input_grad[:5]
         dpre, act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, ctx.activation)

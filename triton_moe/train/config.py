@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from triton_moe.moe import MoEConfig
@@ -42,8 +43,10 @@ class TrainConfig:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
         for name in ("learning_rate", "weight_decay", "load_balance_weight", "router_z_weight"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected 0 <= seed < 2**32, got {self.seed!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         object.__setattr__(self, "expert_sizes", self.moe.expert_sizes)
