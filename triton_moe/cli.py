@@ -106,6 +106,7 @@ def _train(trainer: Trainer, out: Path, checkpoint_every: int, console: Console)
         while trainer.done < trainer.config.steps and not stop.is_set():
             until = min(trainer.done + _REPORT_EVERY, trainer.config.steps)
             with trainer.timed():
+                loss = trainer.step()
                 while trainer.done < until and not stop.is_set():
                     loss = trainer.step()
             speed = trainer.done * trainer.tokens_per_step / trainer.seconds
