@@ -28,7 +28,7 @@ from triton_moe.kernels.config import (
     tile_config,
 )
 from triton_moe.kernels.launch import Launcher
-from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.kernels.tiles import accumulate, block_rows, expert_columns, ragged_start, tile_dot
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 
@@ -131,7 +131,7 @@ def grouped_gemm_dw_kernel(
         d_mask = exists[:, None] if EVEN_N else exists[:, None] & col_mask[None, :]
         x_tile = tl.load(x + rows.to(tl.int64)[:, None] * stride_xt + hidden[None, :], mask=x_mask, other=0)
         d_tile = tl.load(d_cols[None, :] + place.to(tl.int64)[:, None] * (PARTS * width), mask=d_mask, other=0)
-        acc = tl.dot(tl.trans(x_tile), d_tile, acc, input_precision=INPUT_PRECISION)
+        acc = accumulate(acc, tl.trans(x_tile), d_tile, INPUT_PRECISION)
     offsets_w = hidden.to(tl.int64)[:, None] * stride_wh + ((offset + cols) * stride_ws)[None, :]
     mask = hidden_mask[:, None] & col_mask[None, :]
     if part == 0:

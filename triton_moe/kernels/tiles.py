@@ -40,6 +40,18 @@ def ragged_start(buffer, expert, start, width, ragged_offsets, PARTS: tl.constex
 
 
 @triton.jit
+def accumulate(acc, a, b, INPUT_PRECISION: tl.constexpr):
+    """acc + a b. In fp32 the block's own sum is formed first: one chain over a whole reduction rounds it too often.
+
+    `fma` by 1 is an addition that Triton does not fold back into the dot.
+    """
+    if a.dtype == tl.float32:
+        return tl.fma(tl.dot(a, b, input_precision=INPUT_PRECISION), 1.0, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
 def tile_dot(
     acc, acc_up, a_rows, b_cols, b_up_cols, col_mask, size, stride_bk,
     PAIR: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
@@ -55,12 +67,10 @@ def tile_dot(
     b_up_ptrs = b_up_cols[None, :] + offs_k[:, None] * stride_bk
     for k in range(0, size, BLOCK_K):
         a = tl.load(a_ptrs) if EVEN_K else tl.load(a_ptrs, mask=offs_k[None, :] < size - k, other=0)
-        acc = tl.dot(
-            a, load_b(b_ptrs, offs_k, size - k, col_mask, EVEN_K, EVEN_N), acc, input_precision=INPUT_PRECISION
-        )
+        acc = accumulate(acc, a, load_b(b_ptrs, offs_k, size - k, col_mask, EVEN_K, EVEN_N), INPUT_PRECISION)
         if PAIR:
             b_up = load_b(b_up_ptrs, offs_k, size - k, col_mask, EVEN_K, EVEN_N)
-            acc_up = tl.dot(a, b_up, acc_up, input_precision=INPUT_PRECISION)
+            acc_up = accumulate(acc_up, a, b_up, INPUT_PRECISION)
             b_up_ptrs += BLOCK_K * stride_bk
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * stride_bk
