@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 from cases import BenchCase, select
-from contestants import CONTESTANTS, OURS, CannotRun, Layer, State
+from contestants import CONTESTANTS, OURS, CannotRun, Layer, State, routed
 from results import append, folder, provenance, text
 from timing import ceilings, launches, memory, wall_times
 from torch import Tensor
 
 from triton_moe import MoEMLP, reference
 from triton_moe.layout import ExpertLayout
-from triton_moe.router import route_tokens, router_logits, router_scores
+from triton_moe.router import router_logits, router_scores
 from triton_moe.testing import assert_within_budget
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -76,11 +76,10 @@ def oracle(case: BenchCase, state: State, x: Tensor, dout: Tensor, dtype: torch.
     """What `outcome` should be, computed in `dtype`; the experts are those that x's own dtype chooses."""
     config = case.config
     names = [name for name in ("router.weight", "w1", "w2", "w3") if name in state]
-    top_k = config.num_active_experts
-    topk_ids = route_tokens(x.detach(), state["router.weight"], num_active_experts=top_k).topk_ids
+    _, topk_ids = routed(x.detach(), state["router.weight"], config)
     leaves = {name: state[name].to(dtype, copy=True).requires_grad_() for name in names}
     x = x.detach().to(dtype, copy=True).requires_grad_()
-    scores = router_scores(router_logits(x, leaves["router.weight"]), config.router).gather(1, topk_ids)
+    scores = router_scores(router_logits(x, leaves["router.weight"]), config.router).gather(1, topk_ids.long())
     topk_weights = (scores / (scores.sum(1, keepdim=True) + 1e-20)).to(dtype)
     out = reference.moe_mlp(
         x, topk_weights, topk_ids, leaves["w1"], leaves["w2"], leaves.get("w3"),

@@ -38,6 +38,14 @@ class Layer:
     """Of drouter, dw1, dw2 and, if gated, dw3, in the shapes of the state dict, after a backward pass."""
 
 
+def routed(x: Tensor, weight: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Weights and ids by the router of `MoEMLP` itself, as in `config`."""
+    K, router = config.num_active_experts, config.router
+    return route_tokens(
+        x, weight, layout=config.layout, num_active_experts=K, router=router, aux_losses=config.aux_losses
+    )[:2]
+
+
 _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"relu_squared": lambda h: F.relu(h).square(), "swiglu": F.silu}
 """Of a contestant without activations of its own; swiglu's is that of its gate."""
 
@@ -108,12 +116,12 @@ class GroupedMM(nn.Module):
         self.router_weight = nn.Parameter(state["router.weight"].clone())
         self.w_up = nn.Parameter(torch.cat(ups, dim=2))
         self.w_down = nn.Parameter(_stack(state["w2"].t(), layout).transpose(1, 2).contiguous())
-        self.experts = nn.Buffer(torch.arange(layout.num_experts, device=self.w_up.device))
+        self.experts = nn.Buffer(torch.arange(layout.num_experts, dtype=torch.int32, device=self.w_up.device))
 
     def forward(self, x: Tensor) -> Tensor:
         K = self.config.num_active_experts
-        _, _, topk_weights, topk_ids = route_tokens(x, self.router_weight, num_active_experts=K)
-        sorted_ids, row_to_slot = topk_ids.flatten().sort(stable=True)
+        topk_weights, topk_ids = routed(x, self.router_weight, self.config)
+        sorted_ids, row_to_slot = topk_ids.int().flatten().sort(stable=True)
         offsets = torch.searchsorted(sorted_ids, self.experts, right=True, out_int32=True)
         slot_to_row = torch.empty_like(row_to_slot)
         slot_to_row[row_to_slot] = torch.arange(row_to_slot.numel(), device=x.device)
@@ -181,7 +189,7 @@ def scattermoe(config: MoEConfig, state: State) -> Layer:
         down.copy_(_stack(state["w2"].t(), layout))
 
     def forward(x: Tensor) -> Tensor:
-        _, _, topk_weights, topk_ids = route_tokens(x, router_weight, num_active_experts=K)
+        topk_weights, topk_ids = routed(x, router_weight, config)
         return mlp(x, topk_weights, topk_ids)
 
     def gradients() -> dict[str, Tensor]:

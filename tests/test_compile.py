@@ -49,7 +49,7 @@ jit.JITFunction.run = compile_only
 from triton_moe import ExpertLayout
 from triton_moe.kernels import config
 from triton_moe.kernels.route import route
-from triton_moe.ops import building_blocks, moe_mlp
+from triton_moe.ops import building_blocks, moe_mlp, router
 
 config.capability = lambda device: divmod(capability, 10)
 
@@ -66,8 +66,10 @@ for dtype, activation, widths, H in (
     x, w1, w2, w3 = empty(64, H), empty(H, S), empty(S, H), empty(H, S)
     ids, weights = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(64, 2, requires_grad=True)
     routing = route(ids, layout)
-    operands = (x, weights, w1, w2, w3 if gated else None)
-    moe_mlp.moe_mlp(*operands, routing=routing, activation=activation).sum().backward()
+    operands = (w1, w2, w3 if gated else None)
+    moe_mlp.moe_mlp(x, weights, ids, *operands, layout, activation).sum().backward()
+    *routed, _, _ = router.route_tokens(x, empty(len(widths), H), None, layout, 2, "softmax", True, True)
+    (routed[0].sum() + sum(routed[3:])).backward()
     building_blocks.gather(x, routing=routing).sum().backward()
     x_up = building_blocks.grouped_gemm_up(x, w1, w3 if gated else None, routing=routing, activation=activation)
     y = building_blocks.grouped_gemm_down(x_up, w2, routing=routing)
@@ -86,6 +88,7 @@ def test_compiles_within_shared_memory(capability: int) -> None:
     names = {name for name, _, _ in compiled}
     assert {f"grouped_gemm_{name}_kernel" for name in ("up_fwd", "down_fwd", "dh", "dw")} <= names
     assert {"route_count_kernel", "route_place_kernel", "gather_fwd_kernel", "scatter_fwd_kernel"} <= names
+    assert {"router_fwd_kernel", "router_finish_kernel", "router_bwd_kernel"} <= names
     assert {"activation_bwd_kernel", "scatter_bwd_weights_kernel", "sum_partials_kernel"} <= names
     assert [(name, shared) for name, shared, _ in compiled if shared > 1024 * SHARED_MEMORY[capability]] == []
     if capability == 90:

@@ -8,7 +8,7 @@ import torch
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.losses import compute_loss, load_balance_loss, router_z_loss
 from triton_moe.moe import MoEConfig, MoEMLP
-from triton_moe.router import ROUTERS, route_tokens
+from triton_moe.router import ROUTERS, choose_experts
 
 H = 24
 SIZES = ((2, 16), (1, 5), (2, 40), (1, 0))
@@ -32,7 +32,7 @@ def _input(*shape, dtype=torch.float32):
 def _swiglu_by_definition(layer, x):
     """The sum over a token's experts, one token and one expert at a time."""
     assert layer.w3 is not None
-    routed = route_tokens(x, layer.router.weight, num_active_experts=layer.config.num_active_experts)
+    routed = choose_experts(x, layer.router.weight, num_active_experts=layer.config.num_active_experts)
     rows = []
     for t, token in enumerate(x):
         row = torch.zeros_like(token)
@@ -192,7 +192,7 @@ class TestForward:
     def test_aux_and_f_are_those_of_the_routing(self, router):
         layer, x = _layer(router=router, num_active_experts=3), _input(7)
         _, aux, f = layer(x)
-        routed = route_tokens(x, layer.router.weight, num_active_experts=3, router=router)
+        routed = choose_experts(x, layer.router.weight, num_active_experts=3, router=router)
         fractions = [sum(e == chosen for chosen in routed.topk_ids.flatten().tolist()) / 21 for e in range(6)]
         torch.testing.assert_close(f, torch.tensor(fractions))
         assert tuple(aux) == (*LOSSES, *STATISTICS)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from triton_moe.router import ROUTERS, route_tokens, router_logits, router_scores
+from triton_moe.router import ROUTERS, choose_experts, router_logits, router_scores
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -67,7 +67,7 @@ def test_autocast_does_not_round_the_logits():
 def test_choice_and_weights_match_the_definition(router, K, normalize, with_bias):
     x, weight = _tensors()
     bias = torch.tensor([0.9, -0.2, 0.0, 0.5, -0.7]) if with_bias else None
-    out = route_tokens(x, weight, num_active_experts=K, router=router, normalize_weights=normalize, bias=bias)
+    out = choose_experts(x, weight, num_active_experts=K, router=router, normalize_weights=normalize, bias=bias)
     scores, ids, weights = _by_definition(x, weight, K, router, normalize, bias)
     assert torch.equal(out.topk_ids, ids)
     torch.testing.assert_close(out.probs, scores, rtol=1e-5, atol=1e-6)
@@ -77,7 +77,7 @@ def test_choice_and_weights_match_the_definition(router, K, normalize, with_bias
 def test_a_bias_changes_the_choice_but_not_the_weights():
     x, weight = _tensors()
     bias = torch.tensor([0.0, 0.0, 0.0, 10.0, 0.0])
-    out = route_tokens(x, weight, num_active_experts=1, normalize_weights=False, bias=bias)
+    out = choose_experts(x, weight, num_active_experts=1, normalize_weights=False, bias=bias)
     assert (out.topk_ids == 3).all()
     assert torch.equal(out.topk_weights[:, 0], out.probs[:, 3])
 
@@ -86,7 +86,7 @@ def test_bias_of_zeros_is_no_bias_forward_and_backward():
     results = []
     for bias in (None, torch.zeros(5, requires_grad=True)):
         x, weight = (tensor.requires_grad_() for tensor in _tensors())
-        out = route_tokens(x, weight, num_active_experts=2, bias=bias)
+        out = choose_experts(x, weight, num_active_experts=2, bias=bias)
         out.topk_weights.square().sum().backward()
         assert bias is None or bias.grad is None
         results.append((*out, x.grad, weight.grad))
@@ -100,26 +100,26 @@ def test_gradients_are_those_of_the_formula(router, normalize):
     x, weight = (tensor.requires_grad_() for tensor in _tensors(T=4, H=6, dtype=torch.float64))
 
     def weights(x, weight):
-        return route_tokens(x, weight, num_active_experts=2, router=router, normalize_weights=normalize).topk_weights
+        return choose_experts(x, weight, num_active_experts=2, router=router, normalize_weights=normalize).topk_weights
 
     assert torch.autograd.gradcheck(weights, (x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_have_the_dtype_of_x(dtype):
-    out = route_tokens(*_tensors(dtype=dtype), num_active_experts=2)
+    out = choose_experts(*_tensors(dtype=dtype), num_active_experts=2)
     assert (out.logits.dtype, out.probs.dtype) == (torch.float32, torch.float32)
     assert (out.topk_weights.dtype, out.topk_ids.dtype) == (dtype, torch.int64)
 
 
 def test_scores_that_underflow_give_finite_weights():
-    out = route_tokens(torch.full((1, 1), -1e4), torch.ones(3, 1), num_active_experts=2)
+    out = choose_experts(torch.full((1, 1), -1e4), torch.ones(3, 1), num_active_experts=2)
     assert torch.equal(out.topk_weights, torch.zeros(1, 2))
 
 
 def test_no_tokens():
     x, weight = _tensors(T=0)
-    out = route_tokens(x, weight.requires_grad_(), num_active_experts=2)
+    out = choose_experts(x, weight.requires_grad_(), num_active_experts=2)
     assert out.logits.shape == out.probs.shape == (0, 5)
     assert out.topk_weights.shape == out.topk_ids.shape == (0, 2)
     out.topk_weights.sum().backward()

@@ -45,6 +45,13 @@ def _check_matrix(tensor: Tensor, argument: str, shape: tuple[int, int], like: T
         _fail(argument, f"{like.dtype} on {like.device} as x", f"{tensor.dtype} on {tensor.device}")
 
 
+def _check_floats(tensor: Tensor, argument: str, shape: tuple[int, ...], device: torch.device) -> None:
+    _check_type(tensor, Tensor, argument, "a tensor")
+    if tensor.shape != shape or not tensor.is_floating_point():
+        _fail(argument, f"floats of shape {shape}", f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+    _check_device(tensor, argument, device)
+
+
 def _check_weights(
     w1: Tensor, w2: Tensor | None, w3: Tensor | None, like: Tensor, hidden_size: int, layout: ExpertLayout, gated: bool
 ) -> None:
@@ -100,7 +107,7 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str) -> bool:
+def runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str) -> bool:
     """Whether the Triton kernels run a call. Raises ValueError if they were asked for and cannot."""
     if backend not in BACKENDS:
         _fail("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
@@ -112,6 +119,21 @@ def _runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str)
             _fail("x", "float32, bfloat16 or float16 for backend 'triton'", dtype)
         return True
     return backend == "auto" and device.type == "cuda" and supported and _has_kernels(device)
+
+
+def check_router_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: ExpertLayout, num_active_experts: int
+) -> None:
+    """Raise ValueError unless `route_tokens` can take these."""
+    _check_type(layout, ExpertLayout, "layout", "an ExpertLayout")
+    _check_type(x, Tensor, "x", "a tensor")
+    if not x.is_floating_point() or x.dim() != 2:
+        _fail("x", "a float tensor (T, H)", f"{x.dtype} of shape {tuple(x.shape)}")
+    _check_floats(weight, "weight", (layout.num_experts, x.shape[1]), x.device)
+    if bias is not None:
+        _check_floats(bias, "bias", (layout.num_experts,), x.device)
+    if not 1 <= num_active_experts <= layout.num_experts:
+        _fail("num_active_experts", f"1 <= K <= E = {layout.num_experts}", num_active_experts)
 
 
 def _check_reserved(**options: tuple[object, object]) -> None:
@@ -140,7 +162,6 @@ def moe_mlp(
     *,
     layout: ExpertLayout,
     activation: str = "relu_squared",
-    routing: Routing | None = None,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
     b3: Tensor | None = None,
@@ -162,7 +183,6 @@ def moe_mlp(
         w2: `(S, H)`, likewise.
         layout: the experts' widths and offsets.
         activation: one of `triton_moe.activations.ACTIVATIONS`.
-        routing: `route(topk_ids, layout)`, if the caller has made it already, for the counts of it perhaps.
         backend: "triton" (CUDA, compute capability 8.0 or later), "torch" (any device), or "auto": the first that can.
         b1, b2, b3, activation_memory, recompute: reserved; anything but the default raises.
 
@@ -186,29 +206,18 @@ def moe_mlp(
     hidden_size = x.shape[-1]
     _check_type(w2, Tensor, "w2", "a tensor")
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
-    if routing is None:
-        _check_ids(topk_ids, layout)
-    else:
-        _check_type(routing, Routing, "routing", "a Routing")
-        if routing.topk_ids is not topk_ids or routing.layout != layout:
-            _fail("routing", "that of topk_ids and layout", "another")
+    _check_ids(topk_ids, layout)
     _check_device(topk_ids, "topk_ids", x.device)
     _check_topk_weights(topk_weights, topk_ids, x)
     num_tokens = x.shape[:-1].numel()
     if topk_ids.shape[0] != num_tokens:
         _fail("topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
-
-    on_kernels = _runs_kernels(x.device, x.dtype, backend)
-    if routing is None:
-        routing = route(topk_ids, layout, backend="triton" if on_kernels else "torch")
-    elif on_kernels and not routing.block_m:
-        _fail("routing", "one made on the kernels' backend", "one made without")
-    if on_kernels:
+    if runs_kernels(x.device, x.dtype, backend):
         from triton_moe.ops.moe_mlp import moe_mlp as run
     else:
         run = torch_backend.moe_mlp
     tokens = x if x.dim() == 2 else x.reshape(num_tokens, hidden_size)
-    out = run(tokens, topk_weights, w1, w2, w3, routing=routing, activation=activation)
+    out = run(tokens, topk_weights, topk_ids, w1, w2, w3, layout, activation)
     return out if x.dim() == 2 else out.view(x.shape)
 
 
@@ -219,11 +228,12 @@ def route(topk_ids: Tensor, layout: ExpertLayout, *, backend: str = "auto") -> R
     """
     _check_type(layout, ExpertLayout, "layout", "an ExpertLayout")
     _check_ids(topk_ids, layout)
-    if _runs_kernels(topk_ids.device, None, backend):
-        from triton_moe.kernels.route import route as run
-    else:
-        run = torch_backend.route
-    return run(topk_ids, layout)
+    if not runs_kernels(topk_ids.device, None, backend):
+        return torch_backend.route(topk_ids, layout)
+    from triton_moe.kernels.route import route as run
+    from triton_moe.kernels.route import trimmed
+
+    return trimmed(run(topk_ids, layout))
 
 
 def _implementation(routing: Routing, tensor: Tensor, argument: str):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import index
 
-from torch import Tensor
+from torch import Tensor, sym_min
 
 RAGGED_ALIGNMENT = 64
 """Elements to which the start of each expert's block in a ragged buffer is rounded up."""
@@ -105,6 +105,17 @@ class ExpertLayout:
             classes[width] = (*classes.get(width, ()), e)
         return classes
 
+    @property
+    def num_rivals(self) -> list[int]:
+        """For each expert, how many have its width, itself included; 0 if it alone has it, but 1 if that is so of all.
+
+        >>> ExpertLayout.from_widths([8, 8, 5]).num_rivals, ExpertLayout.from_widths([8, 5]).num_rivals
+        ([2, 2, 0], [1, 1])
+        """
+        classes = self.width_classes
+        lonely = 0 if any(len(experts) > 1 for experts in classes.values()) else 1
+        return [len(classes[width]) if len(classes[width]) > 1 else lonely for width in self.widths]
+
     def columns(self, expert: int) -> slice:
         """The expert's columns in w1 and w3, its rows in w2."""
         return slice(self.offsets[expert], self.offsets[expert] + self.widths[expert])
@@ -153,6 +164,8 @@ class Routing:
     """(E)"""
     block_m: int
     """Rows of a row block; 0 without a tile schedule."""
+    packed: Tensor | None = None
+    """The one tensor that all but `topk_ids` are views of; None without a tile schedule."""
 
     @property
     def num_tokens(self) -> int:
@@ -167,9 +180,14 @@ class Routing:
         """R, the host's bound on the number of rows."""
         return self.topk_ids.numel()
 
+    @property
+    def num_row_blocks(self) -> int:
+        """B, the host's bound on the number of row blocks."""
+        return num_row_blocks(self.num_rows, self.layout, self.block_m)
+
     def ragged_numel(self, parts: int = 1) -> int:
         """Elements of a ragged buffer, from what the host knows: `R * max width` and the rounding of each start."""
-        return parts * (self.num_rows * self.layout.max_width + RAGGED_ALIGNMENT * self.layout.num_experts)
+        return parts * ragged_numel(self.num_rows, self.layout)
 
     def ragged_block(self, buffer: Tensor, expert: int, parts: int = 1) -> Tensor:
         """Expert's `(n_e, parts * I_e)` view of a ragged buffer. Reads two numbers back from the device."""
@@ -177,3 +195,13 @@ class Routing:
         start = parts * int(self.ragged_offsets[expert])
         rows, columns = last - first, parts * self.layout.widths[expert]
         return buffer[start : start + rows * columns].view(rows, columns)
+
+
+def num_row_blocks(num_rows: int, layout: ExpertLayout, block_m: int) -> int:
+    """The most row blocks of `block_m` rows that so many rows, of any experts, can need. num_rows may be symbolic."""
+    return num_rows // block_m + sym_min(num_rows, layout.num_experts)  # type: ignore[return-value]
+
+
+def ragged_numel(num_rows: int, layout: ExpertLayout) -> int:
+    """Elements that a ragged buffer of so many rows, of any experts, can need. num_rows may be symbolic."""
+    return num_rows * layout.max_width + RAGGED_ALIGNMENT * layout.num_experts

@@ -19,7 +19,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
 
 
-def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout, rivals: Tensor | None = None) -> Tensor:
+def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout) -> Tensor:
     """How unevenly the experts are used: `E * sum_e(f_e p_e)` if all have one width (Switch, arXiv:2101.03961, eq. 4).
 
     Otherwise `n * sum_e(f_e p_e)` over each width class of n > 1 experts, averaged over these classes: experts compete
@@ -29,32 +29,20 @@ def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout, rivals: Te
     Args:
         probs: `(T, E)` or `(E)`, see above.
         f: `(E)`, the fraction of routed slots that chose expert e. No gradient reaches it.
-        rivals: `num_rivals(layout)` as a tensor, if it is on the device already.
     """
-    rivals = _table(num_rivals(layout), probs) if rivals is None else rivals
+    rivals = _table(layout.num_rivals, probs)
     num_classes = sum(len(experts) > 1 for experts in layout.width_classes.values())
     return (rivals * f.detach() * mean_over_tokens(probs)).sum() / max(num_classes, 1)
 
 
-def compute_loss(probs: Tensor, layout: ExpertLayout, widths: Tensor | None = None) -> Tensor:
-    """What the choice costs: `mean_t(probs @ widths / mean width)`, mean width `S / E`. 1 if all scores are `1 / E`.
-
-    `widths` is the layout's as a tensor, if it is on the device already.
-    """
-    widths = _table(layout.widths, probs) if widths is None else widths
-    return (widths * mean_over_tokens(probs)).sum() * (layout.num_experts / layout.total_width)
+def compute_loss(probs: Tensor, layout: ExpertLayout) -> Tensor:
+    """What the choice costs: `mean_t(probs @ widths / mean width)`, mean width `S / E`. 1 if all scores are `1 / E`."""
+    return (_table(layout.widths, probs) * mean_over_tokens(probs)).sum() * (layout.num_experts / layout.total_width)
 
 
 def mean_over_tokens(probs: Tensor) -> Tensor:
     """`(T, E)` -> `(E)`, zeros without tokens; a row `(E)` is its own mean."""
     return probs if probs.dim() == 1 else probs.sum(dim=0) / max(probs.shape[0], 1)
-
-
-def num_rivals(layout: ExpertLayout) -> list[int]:
-    """For each expert, how many have its width, itself included; 0 if it alone has it, but 1 if that is so of all."""
-    classes = layout.width_classes
-    lonely = 0 if any(len(experts) > 1 for experts in classes.values()) else 1
-    return [len(classes[width]) if len(classes[width]) > 1 else lonely for width in layout.widths]
 
 
 def _table(values: Sequence[int], like: Tensor) -> Tensor:

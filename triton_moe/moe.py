@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
-from triton_moe.functional import BACKENDS, matmul_dtype, moe_mlp, route
+from triton_moe.functional import BACKENDS, matmul_dtype, moe_mlp
 from triton_moe.layout import ExpertLayout
-from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, num_rivals, router_z_loss
 from triton_moe.router import ROUTERS, route_tokens
 
 
@@ -102,10 +101,6 @@ class MoEMLP(nn.Module):
     """
 
     w3: nn.Parameter | None
-    rivals: Tensor
-    """(E) int32: `num_rivals` of the layout"""
-    widths: Tensor
-    """(E) int32"""
 
     def __init__(
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -123,7 +118,6 @@ class MoEMLP(nn.Module):
         self.w2 = empty(S, H)
         self.register_parameter("w3", empty(H, S) if is_gated(config.activation) else None)
         self.init_params()
-        self._init_buffers()
 
     @torch.no_grad()
     def init_params(self) -> None:
@@ -144,11 +138,7 @@ class MoEMLP(nn.Module):
         self.init_params()
 
     def _init_buffers(self) -> None:
-        """Rebuild every buffer from the layout. They are integers, which no cast of the module rounds."""
-        device = self.w1.device
-        tables = {"rivals": num_rivals(self.layout), "widths": self.layout.widths}
-        for name, values in tables.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.int32, device=device), persistent=False)
+        """Rebuild what `to_empty` lost beside the parameters: nothing, as this layer has no buffers."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """`x (..., H)`, in the weights' dtype (under autocast in any) -> `(out, aux, f_i)`.
@@ -165,44 +155,29 @@ class MoEMLP(nn.Module):
         self._check_input(x)
         config = self.config
         tokens = (x if x.dim() == 2 else x.reshape(-1, config.hidden_size)).to(matmul_dtype(x))
-        logits, probs, topk_weights, topk_ids = route_tokens(
+        routed = route_tokens(
             tokens,
             self.router.weight,
+            layout=self.layout,
             num_active_experts=config.num_active_experts,
             router=config.router,
             normalize_weights=config.normalize_weights,
+            aux_losses=config.aux_losses,
+            backend=config.backend,
         )
-        routing = route(topk_ids, self.layout, backend=config.backend)
         out = moe_mlp(
             tokens,
-            topk_weights,
-            topk_ids,
+            routed.topk_weights,
+            routed.topk_ids,
             self.w1,
             self.w2,
             self.w3,
             layout=self.layout,
             activation=config.activation,
-            routing=routing,
             backend=config.backend,
         )
-        f = torch.empty_like(routing.counts, dtype=probs.dtype if config.aux_losses else x.dtype)
-        torch.div(routing.counts, max(routing.num_rows, 1), out=f)
-        return out if x.dim() == 2 else out.view(x.shape), self._aux(logits, probs, f), f.to(x.dtype)
-
-    def _aux(self, logits: Tensor, probs: Tensor, f: Tensor) -> dict[str, Tensor]:
-        raw = logits.detach()
-        zero = raw.new_zeros(())
-        losses, statistics = (zero,) * 3, (zero,) * 2
-        if self.config.aux_losses:
-            p = mean_over_tokens(probs)
-            losses = (
-                router_z_loss(logits),
-                load_balance_loss(p, f, self.layout, self.rivals),
-                compute_loss(p, self.layout, self.widths),
-            )
-            if raw.numel():
-                statistics = (torch.linalg.vector_norm(raw, torch.inf), raw.mean())
-        return dict(zip(AUX, (*losses, *statistics), strict=True))
+        aux = {name: getattr(routed, name) for name in AUX}
+        return out if x.dim() == 2 else out.view(x.shape), aux, routed.f.to(x.dtype)
 
     def _check_input(self, x: Tensor) -> None:
         H, weight = self.config.hidden_size, self.w1

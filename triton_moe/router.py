@@ -1,4 +1,7 @@
-"""The router's maths: logits, scores, and which experts each token goes to. Letters as in `layout.py`."""
+"""The router's maths: logits, scores, which experts each token goes to, and what the auxiliary losses need of it.
+
+Letters as in `layout.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triton_moe.functional import check_router_input, runs_kernels
+from triton_moe.layout import ExpertLayout
+from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, router_z_loss
+
 ROUTERS = ("sigmoid", "softmax")
 """How logits become scores: each expert on its own, or all experts against each other."""
+_MAX_FUSED_EXPERTS = 512
+"""Up to here one kernel holds a token's scores; beyond, PyTorch's operators do."""
 
 
-class RouterOutput(NamedTuple):
+class Choice(NamedTuple):
+    """Which experts the tokens go to, by `choose_experts`."""
+
     logits: Tensor
     """(T, E) fp32 (fp64 if x is)"""
     probs: Tensor
@@ -20,6 +31,24 @@ class RouterOutput(NamedTuple):
     """(T, K) x's dtype"""
     topk_ids: Tensor
     """(T, K) int64, distinct within a token"""
+
+
+class RouterOutput(NamedTuple):
+    """What a layer needs of its router. The scalars are fp32 (fp64 if x is), and 0 without `aux_losses` or tokens."""
+
+    topk_weights: Tensor
+    """(T, K) x's dtype"""
+    topk_ids: Tensor
+    """(T, K) int32 or int64, distinct within a token"""
+    f: Tensor
+    """(E) x's dtype: the fraction of the T*K slots that went to each expert; no gradient"""
+    router_z_loss: Tensor
+    load_balance_loss: Tensor
+    compute_loss: Tensor
+    router_logits_abs_max: Tensor
+    """no gradient"""
+    router_logits_mean: Tensor
+    """no gradient"""
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -61,7 +90,7 @@ def router_scores(logits: Tensor, router: str) -> Tensor:
     raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
 
 
-def route_tokens(
+def choose_experts(
     x: Tensor,
     weight: Tensor,
     *,
@@ -69,16 +98,8 @@ def route_tokens(
     router: str = "sigmoid",
     normalize_weights: bool = True,
     bias: Tensor | None = None,
-) -> RouterOutput:
-    """Choose the K = `num_active_experts` highest-scoring experts of every token and weigh them by their scores.
-
-    Args:
-        x: `(T, H)`.
-        weight: `(E, H)`.
-        router: one of `ROUTERS`.
-        normalize_weights: divide a token's K weights by their sum + 1e-20.
-        bias: `(E)`, added to the scores for the choice alone; the weights come from the scores without it, and no
-            gradient reaches it.
+) -> Choice:
+    """The choice of `route_tokens`, whose arguments these are, in PyTorch's operators, with the scores behind it.
 
     Among equal scores the choice is `torch.topk`'s, which differs between devices.
     """
@@ -91,4 +112,65 @@ def route_tokens(
         chosen = probs.gather(-1, topk_ids)
     if normalize_weights:
         chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
-    return RouterOutput(logits, probs, chosen.to(x.dtype), topk_ids)
+    return Choice(logits, probs, chosen.to(x.dtype), topk_ids)
+
+
+def _route_tokens(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: ExpertLayout, num_active_experts: int, router: str,
+    normalize_weights: bool, aux_losses: bool,
+) -> RouterOutput:  # fmt: skip
+    """`route_tokens` in PyTorch's operators."""
+    logits, probs, topk_weights, topk_ids = choose_experts(
+        x, weight, num_active_experts=num_active_experts, router=router, normalize_weights=normalize_weights, bias=bias
+    )
+    chosen = torch.zeros(layout.num_experts, dtype=probs.dtype, device=x.device)
+    ids = topk_ids.flatten()
+    f = chosen.scatter_add_(0, ids, torch.ones_like(ids, dtype=probs.dtype)) / max(ids.numel(), 1)
+    raw, p = logits.detach(), mean_over_tokens(probs)
+    losses, statistics = (raw.new_zeros(()),) * 3, (raw.new_zeros(()),) * 2
+    if aux_losses:
+        losses = router_z_loss(logits), load_balance_loss(p, f, layout), compute_loss(p, layout)
+    if aux_losses and raw.numel():
+        statistics = torch.linalg.vector_norm(raw, torch.inf), raw.mean()
+    return RouterOutput(topk_weights, topk_ids, f.to(x.dtype), *losses, *statistics)
+
+
+def route_tokens(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: ExpertLayout,
+    num_active_experts: int,
+    router: str = "sigmoid",
+    normalize_weights: bool = True,
+    aux_losses: bool = True,
+    backend: str = "auto",
+) -> RouterOutput:
+    """Choose the K = `num_active_experts` highest-scoring experts of every token and weigh them by their scores.
+
+    Args:
+        x: `(T, H)`.
+        weight: `(E, H)`; cast to x's dtype for the product.
+        bias: `(E)`, added to the scores for the choice alone; the weights come from the scores without it, and no
+            gradient reaches it.
+        layout: of the experts, whose widths the losses know.
+        router: one of `ROUTERS`.
+        normalize_weights: divide a token's K weights by their sum + 1e-20.
+        aux_losses: whether the losses (see `losses.py`) and the logits' statistics are computed.
+        backend: as in `moe_mlp`.
+
+    Differentiable in x and weight. Among equal scores the kernel chooses the lowest id, PyTorch (more than 512 experts,
+    the CPU) what `torch.topk` does there; NaN counts as the highest score.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or value.
+    """
+    check_router_input(x, weight, bias, layout, num_active_experts)
+    if router not in ROUTERS:
+        raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
+    if runs_kernels(x.device, x.dtype, backend) and layout.num_experts <= _MAX_FUSED_EXPERTS:
+        from triton_moe.ops.router import route_tokens as run
+    else:
+        run = _route_tokens
+    return RouterOutput(*run(x, weight, bias, layout, num_active_experts, router, normalize_weights, aux_losses))

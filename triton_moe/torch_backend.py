@@ -111,15 +111,10 @@ def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
 
 
 def moe_mlp(
-    x: Tensor,
-    topk_weights: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor | None = None,
-    *,
-    routing: Routing,
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout,
     activation: str,
-) -> Tensor:
-    """The whole layer on `x (T, H)`: up, down, scatter."""
+) -> Tensor:  # fmt: skip
+    """The whole layer on `x (T, H)`: route, up, down, scatter."""
+    routing = route(topk_ids, layout)
     x_up = grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
     return scatter(grouped_gemm_down(x_up, w2, routing=routing), topk_weights, routing=routing)

@@ -137,7 +137,7 @@ def activation_bwd(pre: Tensor, dact: Tensor, routing: Routing, activation: str)
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=is_gated(activation),
     )  # fmt: skip
     launch(
-        (routing.row_blocks.shape[0] * num_tiles_n,), pre, dact.contiguous(), dpre, tables.widths, tables.offsets,
+        (routing.num_row_blocks * num_tiles_n,), pre, dact.contiguous(), dpre, tables.widths, tables.offsets,
         routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip
     return dpre

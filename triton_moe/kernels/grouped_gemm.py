@@ -140,7 +140,7 @@ def grouped_gemm_up_fwd(
     )  # fmt: skip
     w3 = w1 if w3 is None else with_strides_of(w3, w1)
     launch(
-        (routing.row_blocks.shape[0] * num_tiles_n,), x, w1, w3, out if pre is None else pre, out, hidden_size,
+        (routing.num_row_blocks * num_tiles_n,), x, w1, w3, out if pre is None else pre, out, hidden_size,
         x.stride(0), *w1.stride(), tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets,
         routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip
@@ -172,6 +172,6 @@ def grouped_gemm_down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, 
     )  # fmt: skip
     w_up = w if w_up is None else with_strides_of(w_up, w)
     launch(
-        (routing.row_blocks.shape[0] * num_tiles_n,), a, w, w_up, y, hidden_size, *w.stride(),
+        (routing.num_row_blocks * num_tiles_n,), a, w, w_up, y, hidden_size, *w.stride(),
         tables.widths, tables.offsets, routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip

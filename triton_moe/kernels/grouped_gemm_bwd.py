@@ -177,7 +177,7 @@ def grouped_gemm_dh(
     partial = torch.empty(num_slots * num_tiles_n, dtype=torch.float32, device=pre.device)
     dweights = torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=pre.device)
     launch(
-        (routing.row_blocks.shape[0] * num_tiles_n,), dout, w2, pre, topk_weights.contiguous(), dpre, act_weighted,
+        (routing.num_row_blocks * num_tiles_n,), dout, w2, pre, topk_weights.contiguous(), dpre, act_weighted,
         partial, hidden_size, dout.stride(0), *w2.stride(), tables.widths, tables.offsets, routing.row_to_slot,
         routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip

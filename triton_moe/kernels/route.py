@@ -7,6 +7,7 @@ read back.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from triton_moe.kernels.config import BLOCK_M, LayoutTables, layout_tables
 from triton_moe.kernels.launch import Launcher
-from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
+from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, num_row_blocks
 
 _MAX_SPANS = 256
 """Programs that count: the second kernel reads this many counts an expert in each of its programs."""
@@ -149,47 +150,63 @@ def _launchers(layout: ExpertLayout, device: torch.device) -> _Launchers:
     )
 
 
-def _carve(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
-    """int32 tensors from one allocation, each aligned to 16 bytes."""
-    padded = [size + -size % 4 for size in sizes]
-    pieces = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
-    return [piece if piece.shape[0] == size else piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
+def _sizes(num_slots: int, layout: ExpertLayout) -> list[int]:
+    """Elements of the pieces of a packed routing, each a multiple of 16 bytes, in the order of `unpack`.
+
+    num_slots may be symbolic: then so are the sizes.
+    """
+    num_experts = layout.num_experts
+    of_experts = (num_experts, num_experts + 1, num_experts, 2 * (num_experts + 1))
+    of_slots = (2 * num_row_blocks(num_slots, layout, BLOCK_M), num_slots, num_slots)
+    return [(size + 3) // 4 * 4 for size in (*of_experts, *of_slots)]
+
+
+def packed_numel(num_slots: int, layout: ExpertLayout) -> int:
+    """int32 elements of a packed routing."""
+    return sum(_sizes(num_slots, layout))
+
+
+def unpack(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout) -> Routing:
+    """The routing of `topk_ids` as views of `packed`, for kernels: one-dimensional, a few elements too long."""
+    pieces = packed.split(_sizes(topk_ids.numel(), layout))
+    counts, row_offsets, expert_order, ragged_offsets, row_blocks, row_to_slot, slot_to_row = pieces
+    return Routing(
+        layout, topk_ids, counts, row_offsets, ragged_offsets.view(torch.int64), row_to_slot, slot_to_row, row_blocks,
+        expert_order, BLOCK_M, packed,
+    )  # fmt: skip
+
+
+def trimmed(routing: Routing) -> Routing:
+    """An unpacked routing with its tensors in the shapes that `Routing` promises."""
+    num_experts, num_slots, num_blocks = routing.layout.num_experts, routing.num_rows, routing.num_row_blocks
+    return dataclasses.replace(
+        routing,
+        counts=routing.counts[:num_experts],
+        row_offsets=routing.row_offsets[: num_experts + 1],
+        ragged_offsets=routing.ragged_offsets[: num_experts + 1],
+        row_to_slot=routing.row_to_slot[:num_slots],
+        slot_to_row=routing.slot_to_row[:num_slots].view(routing.topk_ids.shape),
+        row_blocks=routing.row_blocks[: 2 * num_blocks].view(num_blocks, 2),
+        expert_order=routing.expert_order[:num_experts],
+    )
 
 
 def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
-    """`topk_ids (T, K)` int32 or int64 -> `Routing` with the tile schedule. Ids outside [0, E) drop their slots."""
+    """`topk_ids (T, K)` int32 or int64 -> `Routing` with the tile schedule, as `unpack` gives it.
+
+    Ids outside [0, E) drop their slots.
+    """
     ids, num_experts, num_slots = topk_ids.contiguous(), layout.num_experts, topk_ids.numel()
     count, place, tables, experts, slots = _launchers(layout, ids.device)
     span = slots * max(1, triton.cdiv(num_slots, slots * _MAX_SPANS))
     num_spans = triton.cdiv(num_slots, span)
-    num_row_blocks = num_slots // BLOCK_M + min(num_experts, num_slots)
-
-    sizes = (
-        num_experts,
-        num_experts + 1,
-        num_slots,
-        num_slots,
-        2 * num_row_blocks,
-        num_experts,
-        num_spans * experts,
-    )
-    counts, row_offsets, row_to_slot, slot_to_row, row_blocks, expert_order, span_counts = _carve(sizes, ids.device)
-    ragged_offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=ids.device)
+    packed = torch.empty(packed_numel(num_slots, layout), dtype=torch.int32, device=ids.device)
+    span_counts = torch.empty(num_spans * experts, dtype=torch.int32, device=ids.device)
+    routing = unpack(packed, topk_ids, layout)
     count((num_spans,), ids, span_counts, num_slots, span)
     place(
         (max(num_spans, min(num_experts, _MAX_SPANS)),), ids, span_counts, tables.widths, tables.width_rank,
-        counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
-        num_slots, span, num_spans, num_row_blocks,
+        routing.counts, routing.row_offsets, routing.ragged_offsets, routing.row_to_slot, routing.slot_to_row,
+        routing.row_blocks, routing.expert_order, num_slots, span, num_spans, routing.num_row_blocks,
     )  # fmt: skip
-    return Routing(
-        layout=layout,
-        topk_ids=topk_ids,
-        counts=counts,
-        row_offsets=row_offsets,
-        ragged_offsets=ragged_offsets,
-        row_to_slot=row_to_slot,
-        slot_to_row=slot_to_row.view(topk_ids.shape),
-        row_blocks=row_blocks.view(num_row_blocks, 2),
-        expert_order=expert_order,
-        block_m=BLOCK_M,
-    )
+    return routing

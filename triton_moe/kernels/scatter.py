@@ -57,7 +57,7 @@ def scatter_fwd(y: Tensor, weights: Tensor | None, routing: Routing) -> Tensor:
 def scatter_bwd_weights(dout: Tensor, y: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
     """`dout (T, H)`, `y (R, H)` -> gradient of the weights, `(T, K)` of `dtype`."""
     dout, y, hidden_size = rows_contiguous(dout), y.contiguous(), y.shape[1]
-    dweights = torch.empty(routing.slot_to_row.shape, dtype=dtype, device=y.device)
+    dweights = torch.empty(routing.topk_ids.shape, dtype=dtype, device=y.device)
     launch, _ = launcher_over_hidden(scatter_bwd_weights_kernel, hidden_size, K=routing.top_k)
     launch((routing.num_rows,), dout, y, routing.slot_to_row, dweights, hidden_size, dout.stride(0))
     return dweights

@@ -1,73 +1,130 @@
-"""The layer on the kernels: three launches after the routing's two, one autograd node, no gradient nobody asked for."""
+"""The layer on the kernels: five launches forward, one autograd node, no gradient that nobody asked for."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
+from triton_moe.kernels.route import packed_numel, route, unpack
 from triton_moe.kernels.scatter import scatter_fwd
-from triton_moe.layout import Routing
-from triton_moe.ops.first_order import first_order
+from triton_moe.layout import ExpertLayout, ragged_numel
+from triton_moe.ops.library import Operator, records_gradients
+
+layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
 
 
 def _forward(
-    x: Tensor, topk_weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, routing: Routing, activation: str,
-    keep_pre: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """-> output `(T, H)` and, if kept, the pre-activation (ragged)."""
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
+    widths: Sequence[int], activation: str, keep_pre: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> output `(T, H)`, the pre-activation (ragged; empty unless kept), the packed routing."""
+    routing = route(topk_ids, layout_of(tuple(widths)))
     pre = x.new_empty(routing.ragged_numel(1 if w3 is None else 2)) if keep_pre else None
     act = x.new_empty(routing.ragged_numel())
     grouped_gemm_up_fwd(x, w1, w3, act, pre, routing, activation)
     y = x.new_empty(routing.num_rows, x.shape[1])
     grouped_gemm_down_fwd(act, w2, None, y, routing)
-    return scatter_fwd(y, topk_weights, routing), pre
+    out = scatter_fwd(y, topk_weights, routing)
+    assert routing.packed is not None
+    return out, x.new_empty(0) if pre is None else pre, routing.packed
 
 
-class _MoEMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, topk_weights, w1, w2, w3, routing: Routing, activation: str):
-        out, pre = _forward(x, topk_weights, w1, w2, w3, routing, activation, keep_pre=True)
-        ctx.save_for_backward(x, topk_weights, w1, w2, w3, pre, routing.topk_ids)
-        ctx.routing, ctx.activation = routing, activation
-        return out
+def _forward_fake(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
+    widths: Sequence[int], activation: str, keep_pre: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layout, num_rows = layout_of(tuple(widths)), topk_ids.numel()
+    parts = 0 if not keep_pre else 1 if w3 is None else 2
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(parts * ragged_numel(num_rows, layout)),
+        x.new_empty(packed_numel(num_rows, layout), dtype=torch.int32),
+    )
 
-    @staticmethod
-    @first_order
-    def backward(ctx, dout):
-        x, topk_weights, w1, w2, w3, pre, _ = ctx.saved_tensors  # raises if the ids were changed in place
-        routing = ctx.routing
-        need_x, _, need_w1, need_w2, need_w3 = ctx.needs_input_grad[:5]
-        dpre, act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, ctx.activation)
-        dx = dw1 = dw2 = dw3 = None
-        if need_w2:
-            dw2 = torch.empty_like(w2)
-            grouped_gemm_dw(dout, act_weighted, dw2.t(), None, routing)
-        del act_weighted
-        if need_w1 or need_w3:
-            dw1 = torch.empty_like(w1)
-            dw3 = None if w3 is None else torch.empty_like(w1)
-            grouped_gemm_dw(x, dpre, dw1, dw3, routing)
-        if need_x:
-            dx_rows = x.new_empty(routing.num_rows, x.shape[1])
-            grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)
-            dx = scatter_fwd(dx_rows, None, routing)
-        return dx, dweights, dw1, dw2, dw3, None, None
+
+def _backward_impl(
+    dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
+    pre: Tensor, packed: Tensor, needs: Sequence[bool], widths: Sequence[int], activation: str,
+) -> list[Tensor]:  # fmt: skip
+    """-> those of dx, dweights, dw1, dw2 and dw3 that are needed."""
+    routing = unpack(packed, topk_ids, layout_of(tuple(widths)))
+    need_x, _, need_w1, need_w2, need_w3 = needs
+    dpre, act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation)
+    dx = dw1 = dw2 = dw3 = None
+    if need_w2:
+        dw2 = torch.empty_like(w2)
+        grouped_gemm_dw(dout, act_weighted, dw2.t(), None, routing)
+    del act_weighted
+    if need_w1 or need_w3:
+        dw1 = torch.empty_like(w1)
+        dw3 = None if w3 is None else torch.empty_like(w1)
+        grouped_gemm_dw(x, dpre, dw1, dw3, routing)
+    if need_x:
+        dx_rows = x.new_empty(routing.num_rows, x.shape[1])
+        grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)
+        del dpre
+        dx = scatter_fwd(dx_rows, None, routing)
+    grads = (dx, dweights, dw1, dw2, dw3)
+    return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
+
+
+def _backward_fake(
+    dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
+    pre: Tensor, packed: Tensor, needs: Sequence[bool], widths: Sequence[int], activation: str,
+) -> list[Tensor]:  # fmt: skip
+    grads = (
+        lambda: x.new_empty(x.shape),
+        lambda: topk_weights.new_empty(topk_weights.shape),
+        lambda: torch.empty_like(w1),
+        lambda: torch.empty_like(w2),
+        lambda: torch.empty_like(w1),
+    )
+    return [grad() for grad, needed in zip(grads, needs, strict=True) if needed]
+
+
+_moe_mlp_backward = Operator(
+    "moe_mlp_backward(Tensor dout, Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, "
+    "Tensor pre, Tensor packed, bool[] needs, int[] widths, str activation) -> Tensor[]",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *operands, ctx.widths, ctx.activation, _ = inputs
+    _, pre, packed = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(pre, packed)
+    ctx.save_for_backward(*operands, pre, packed)
+
+
+def _backward(ctx, dout, _dpre, _dpacked):
+    x, weights, _, w1, w2, w3 = ctx.needs_input_grad[:6]
+    needs = (x, weights, w1, w2, w3)
+    grads = iter(_moe_mlp_backward(dout, *ctx.saved_tensors, needs, ctx.widths, ctx.activation))
+    dx, dweights, dw1, dw2, dw3 = (next(grads) if needed else None for needed in needs)
+    return dx, dweights, None, dw1, dw2, dw3, None, None, None
+
+
+_moe_mlp = Operator(
+    "moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, int[] widths, "
+    "str activation, bool keep_pre) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _backward,
+)
 
 
 def moe_mlp(
-    x: Tensor,
-    topk_weights: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor | None = None,
-    *,
-    routing: Routing,
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout,
     activation: str,
-) -> Tensor:
-    """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)` and the routing made."""
-    operands = (x, topk_weights, w1, w2, w3)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        return _MoEMLP.apply(*operands, routing, activation)  # type: ignore[return-value]
-    return _forward(*operands, routing, activation, keep_pre=False)[0]
+) -> Tensor:  # fmt: skip
+    """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)`."""
+    keep_pre = records_gradients((x, topk_weights, w1, w2, w3))
+    return _moe_mlp(x, topk_weights, topk_ids, w1, w2, w3, layout.widths, activation, keep_pre)[0]

@@ -1,0 +1,305 @@
+"""The router behind its logits: scores, the K best experts, their weights, and the sums that the losses need.
+
+Forward in two launches: each program takes a span of tokens and leaves its sums over them, then one program adds these
+up in order and forms the losses. Backward is one launch: the gradient of the logits from that of everything else, with
+the scores computed anew. Formulas and letters are those of `router.py` and `losses.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_moe.kernels.launch import Launcher
+from triton_moe.layout import ExpertLayout
+
+MAX_EXPERTS = 512
+"""More scores than this a token do not fit into a program's registers."""
+_TILE = 2048
+"""Scores of a program at once."""
+_MAX_PROGRAMS = 256
+
+_LOWEST: tl.constexpr = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def load_logits(logits, tokens, experts, end, NUM_EXPERTS: tl.constexpr):
+    """-> (tokens, experts) logits: -inf where there is no expert, 0 where there is no token."""
+    exists = (tokens < end)[:, None] & (experts < NUM_EXPERTS)[None, :]
+    places = tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
+    z = tl.load(logits + places, mask=exists, other=0)
+    return tl.where((experts < NUM_EXPERTS)[None, :], z, float("-inf"))
+
+
+@triton.jit
+def softmax(z):
+    """-> softmax over the last axis, and the logarithm of its denominator."""
+    top = tl.max(z, 1)
+    e = tl.exp(z - top[:, None])
+    total = tl.sum(e, 1)
+    return e / total[:, None], top + tl.log(total)
+
+
+@triton.jit
+def scores(z, SOFTMAX: tl.constexpr):
+    if SOFTMAX:
+        probs, _ = softmax(z)
+        return probs
+    else:
+        return tl.sigmoid(z)
+
+
+@triton.jit
+def selection_keys(score, experts, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Distinct int64 in the order of choice: higher scores first, NaN before all, then lower ids."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(score != score, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    keys = bits.to(tl.int64) * EXPERTS + (EXPERTS - 1 - experts)[None, :]
+    return tl.where((experts < NUM_EXPERTS)[None, :], keys, _LOWEST)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "span"])
+def router_fwd_kernel(
+    logits, bias, topk_weights, topk_ids, partials, num_tokens, span,
+    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RANKS: tl.constexpr, SOFTMAX: tl.constexpr,
+    NORMALIZE: tl.constexpr, AUX: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """partials[p] = sums over the p-th span of tokens: choices (E), scores (E), z-loss, logits; largest |logit|."""
+    experts, ranks = tl.arange(0, EXPERTS), tl.arange(0, RANKS)
+    counts = tl.zeros([EXPERTS], tl.int32)
+    probs_sum = tl.zeros([EXPERTS], tl.float32)
+    z_loss, logits_sum, largest = tl.zeros([TOKENS], tl.float32), tl.zeros([EXPERTS], tl.float32), 0.0
+    first_token = tl.program_id(0) * span
+    end = tl.minimum(first_token + span, num_tokens)
+    for first in range(first_token, end, TOKENS):
+        tokens = first + tl.arange(0, TOKENS)
+        z = load_logits(logits, tokens, experts, end, NUM_EXPERTS)
+        probs = scores(z, SOFTMAX)
+        keys = selection_keys(probs, experts, NUM_EXPERTS, EXPERTS)
+        if bias is not None:
+            score = probs + tl.load(bias + experts, mask=experts < NUM_EXPERTS, other=0).to(tl.float32)[None, :]
+            keys = selection_keys(score, experts, NUM_EXPERTS, EXPERTS)
+        ids = tl.zeros([TOKENS, RANKS], tl.int32)
+        weights = tl.zeros([TOKENS, RANKS], tl.float32)
+        for k in range(TOP_K):
+            best = tl.max(keys, 1)
+            chosen = keys == best[:, None]
+            ids = tl.where((ranks == k)[None, :], tl.sum(tl.where(chosen, experts[None, :], 0), 1)[:, None], ids)
+            weights = tl.where((ranks == k)[None, :], tl.sum(tl.where(chosen, probs, 0.0), 1)[:, None], weights)
+            keys = tl.where(chosen, _LOWEST, keys)
+            counts += tl.sum((chosen & (tokens < end)[:, None]).to(tl.int32), 0)
+        if NORMALIZE:
+            weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
+        places = tokens.to(tl.int64)[:, None] * TOP_K + ranks[None, :]
+        mask = (tokens < end)[:, None] & (ranks < TOP_K)[None, :]
+        tl.store(topk_ids + places, ids, mask=mask)
+        tl.store(topk_weights + places, weights.to(topk_weights.dtype.element_ty), mask=mask)
+        if AUX:
+            exists = (tokens < end)[:, None] & (experts < NUM_EXPERTS)[None, :]
+            _, log_total = softmax(z)
+            z_loss += tl.where(tokens < end, log_total * log_total, 0.0)
+            probs_sum += tl.sum(tl.where(exists, probs, 0.0), 0)
+            logits_sum += tl.sum(tl.where(exists, z, 0.0), 0)
+            largest = tl.maximum(largest, tl.max(tl.where(exists, tl.abs(z), 0.0)))
+    row = partials + tl.program_id(0) * (2 * EXPERTS + 4)
+    tl.store(row + experts, counts.to(tl.float32))
+    if AUX:
+        tl.store(row + EXPERTS + experts, probs_sum)
+        tl.store(row + 2 * EXPERTS, tl.sum(z_loss))
+        tl.store(row + 2 * EXPERTS + 1, tl.sum(logits_sum))
+        tl.store(row + 2 * EXPERTS + 2, largest)
+
+
+@triton.jit(do_not_specialize=["num_programs", "num_tokens"])
+def router_finish_kernel(
+    partials, balance_scale, compute_scale, f, z_loss, load_balance_loss, compute_loss, summary, num_programs,
+    num_tokens, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, AUX: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """f (E), three losses, the summary (E + 2): f in fp32, largest |logit|, mean logit. All but f are 0 unless AUX."""
+    experts = tl.arange(0, EXPERTS)
+    real = experts < NUM_EXPERTS
+    counts = tl.zeros([EXPERTS], tl.float32)
+    probs_sum = tl.zeros([EXPERTS], tl.float32)
+    squares, logits_sum = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
+    for first in range(0, num_programs, ROWS):
+        programs = first + tl.arange(0, ROWS)
+        exists = programs < num_programs
+        rows = partials + programs * (2 * EXPERTS + 4)
+        of_expert = rows[:, None] + experts[None, :]
+        counts += tl.sum(tl.load(of_expert, mask=exists[:, None], other=0), 0)
+        if AUX:
+            probs_sum += tl.sum(tl.load(of_expert + EXPERTS, mask=exists[:, None], other=0), 0)
+            squares += tl.load(rows + 2 * EXPERTS, mask=exists, other=0)
+            logits_sum += tl.load(rows + 2 * EXPERTS + 1, mask=exists, other=0)
+            largest = tl.maximum(largest, tl.load(rows + 2 * EXPERTS + 2, mask=exists, other=0))
+    tokens = tl.maximum(num_tokens, 1).to(tl.float32)
+    fraction = counts / (tokens * TOP_K)
+    tl.store(f + experts, fraction.to(f.dtype.element_ty), mask=real)
+    tl.store(summary + experts, fraction, mask=real)
+    p = probs_sum / tokens
+    mean_logit = tl.sum(logits_sum) / (tokens * NUM_EXPERTS)
+    tl.store(z_loss, tl.sum(squares) / tokens)
+    tl.store(load_balance_loss, tl.sum(tl.load(balance_scale + experts, mask=real, other=0) * fraction * p))
+    tl.store(compute_loss, tl.sum(tl.load(compute_scale + experts, mask=real, other=0) * p))
+    tl.store(summary + NUM_EXPERTS, tl.where(mean_logit == mean_logit, tl.max(largest), mean_logit))
+    tl.store(summary + NUM_EXPERTS + 1, mean_logit)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "span"])
+def router_bwd_kernel(
+    logits, topk_ids, dweights, dz_loss, dbalance, dcompute, balance_scale, compute_scale, summary, dlogits, num_tokens,
+    span, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr,
+    NORMALIZE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """dlogits from the gradients of the weights and of the three losses, any of them None."""
+    experts = tl.arange(0, EXPERTS)
+    real = experts < NUM_EXPERTS
+    dprobs_all = tl.zeros([EXPERTS], tl.float32)
+    if dbalance is not None:
+        f = tl.load(summary + experts, mask=real, other=0)
+        scale = tl.load(balance_scale + experts, mask=real, other=0) * f
+        dprobs_all += tl.load(dbalance).to(tl.float32) / num_tokens * scale
+    if dcompute is not None:
+        scale = tl.load(compute_scale + experts, mask=real, other=0)
+        dprobs_all += tl.load(dcompute).to(tl.float32) / num_tokens * scale
+    first_token = tl.program_id(0) * span
+    end = tl.minimum(first_token + span, num_tokens)
+    for first in range(first_token, end, TOKENS):
+        tokens = first + tl.arange(0, TOKENS)
+        inside = tokens < end
+        z = load_logits(logits, tokens, experts, end, NUM_EXPERTS)
+        probs = scores(z, SOFTMAX)
+        dprobs = tl.zeros([TOKENS, EXPERTS], tl.float32) + dprobs_all[None, :]
+        if dweights is not None:
+            places = tokens.to(tl.int64) * TOP_K
+            total, weighted = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
+            if NORMALIZE:
+                for k in range(TOP_K):
+                    expert = tl.load(topk_ids + places + k, mask=inside, other=0)
+                    score = tl.sum(tl.where(experts[None, :] == expert[:, None], probs, 0.0), 1)
+                    total += score
+                    weighted += score * tl.load(dweights + places + k, mask=inside, other=0).to(tl.float32)
+                total += 1e-20
+                weighted = weighted / total
+            for k in range(TOP_K):
+                expert = tl.load(topk_ids + places + k, mask=inside, other=0)
+                dscore = tl.load(dweights + places + k, mask=inside, other=0).to(tl.float32)
+                if NORMALIZE:
+                    dscore = (dscore - weighted) / total
+                dprobs += tl.where(experts[None, :] == expert[:, None], dscore[:, None], 0.0)
+        if SOFTMAX:
+            dz = probs * (dprobs - tl.sum(tl.where(real[None, :], dprobs * probs, 0.0), 1)[:, None])
+        else:
+            dz = dprobs * probs * tl.sigmoid(-z)
+        if dz_loss is not None:
+            normalized, log_total = softmax(z)
+            dz += (tl.load(dz_loss).to(tl.float32) * 2 / num_tokens * log_total)[:, None] * normalized
+        places = tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
+        tl.store(dlogits + places, dz.to(dlogits.dtype.element_ty), mask=inside[:, None] & real[None, :])
+
+
+class _Launchers(NamedTuple):
+    forward: Launcher
+    finish: Launcher
+    backward: Launcher
+    balance_scale: Tensor
+    """(E) fp32: `load_balance_loss = sum(balance_scale * f * p)`"""
+    compute_scale: Tensor
+    """(E) fp32: `compute_loss = sum(compute_scale * p)`"""
+    experts: int
+    """E, padded to a power of 2."""
+    tokens: int
+    """Tokens of a program at once."""
+
+
+@functools.lru_cache(maxsize=256)
+def _launchers(
+    layout: ExpertLayout, top_k: int, softmax: bool, normalize: bool, aux: bool, device: torch.device
+) -> _Launchers:
+    num_experts = layout.num_experts
+    experts = triton.next_power_of_2(num_experts)
+    tokens = max(1, min(32, _TILE // experts))
+    shared = {"NUM_EXPERTS": num_experts, "EXPERTS": experts, "TOP_K": top_k}
+    choice = {"SOFTMAX": softmax, "NORMALIZE": normalize}
+    num_classes = sum(len(members) > 1 for members in layout.width_classes.values())
+    scales = (
+        [rivals / max(num_classes, 1) for rivals in layout.num_rivals],
+        [width * num_experts / layout.total_width for width in layout.widths],
+    )
+    with torch.inference_mode(False):
+        balance_scale, compute_scale = (torch.tensor(scale, dtype=torch.float32).to(device) for scale in scales)
+    return _Launchers(
+        Launcher(
+            router_fwd_kernel, **shared, RANKS=triton.next_power_of_2(top_k), **choice, AUX=aux, TOKENS=tokens
+        ),
+        Launcher(router_finish_kernel, **shared, AUX=aux, ROWS=max(1, _TILE // experts)),
+        Launcher(router_bwd_kernel, **shared, **choice, TOKENS=tokens),
+        balance_scale,
+        compute_scale,
+        experts,
+        tokens,
+    )  # fmt: skip
+
+
+class RouterOptions(NamedTuple):
+    """What of a router is known before any token comes."""
+
+    layout: ExpertLayout
+    num_active_experts: int
+    softmax: bool
+    normalize_weights: bool
+    aux_losses: bool
+
+
+def _spans(num_tokens: int, tokens: int) -> tuple[int, int]:
+    """-> programs, and tokens of each: a multiple of what it takes at once."""
+    span = tokens * max(1, triton.cdiv(num_tokens, tokens * _MAX_PROGRAMS))
+    return triton.cdiv(num_tokens, span), span
+
+
+def router_fwd(
+    logits: Tensor, bias: Tensor | None, dtype: torch.dtype, options: RouterOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`logits (T, E)` fp32, bias `(E)` or None -> weights `(T, K)`, ids `(T, K)` int32, f `(E)`, three losses, summary.
+
+    Weights and f are of `dtype`. The summary is fp32 `(E + 2)`: f, the largest absolute logit, the mean logit.
+    """
+    (num_tokens, num_experts), top_k, device = logits.shape, options.num_active_experts, logits.device
+    launchers = _launchers(*options, device)
+    num_programs, span = _spans(num_tokens, launchers.tokens)
+    topk_weights = torch.empty(num_tokens, top_k, dtype=dtype, device=device)
+    topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+    partials = logits.new_empty(num_programs * (2 * launchers.experts + 4))
+    f = torch.empty(num_experts, dtype=dtype, device=device)
+    losses = logits.new_empty(()), logits.new_empty(()), logits.new_empty(())
+    summary = logits.new_empty(num_experts + 2)
+    launchers.forward((num_programs,), logits, bias, topk_weights, topk_ids, partials, num_tokens, span)
+    launchers.finish(
+        (1,), partials, launchers.balance_scale, launchers.compute_scale, f, *losses, summary, num_programs, num_tokens
+    )
+    return topk_weights, topk_ids, f, *losses, summary
+
+
+def router_bwd(
+    logits: Tensor, topk_ids: Tensor, summary: Tensor, dweights: Tensor | None, dlosses: Sequence[Tensor | None],
+    dtype: torch.dtype, options: RouterOptions,
+) -> Tensor:  # fmt: skip
+    """-> gradient of the logits `(T, E)` in `dtype`, from those of the weights `(T, K)` and of the three losses."""
+    num_tokens = logits.shape[0]
+    launchers = _launchers(*options, logits.device)
+    num_programs, span = _spans(num_tokens, launchers.tokens)
+    dlogits = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    dweights = None if dweights is None else dweights.contiguous()
+    launchers.backward(
+        (num_programs,), logits, topk_ids, dweights, *dlosses, launchers.balance_scale, launchers.compute_scale,
+        summary, dlogits, num_tokens, span,
+    )  # fmt: skip
+    return dlogits

@@ -1,0 +1,61 @@
+"""An operator of torch.library, and the shorter way to the same function for eager calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_moe.ops.first_order import first_order
+
+Tensors = tuple[Tensor, ...]
+
+
+class Operator:
+    """`forward` as `torch.ops.triton_moe.<name>`: opaque to torch.compile, with its own backward.
+
+    An eager call reaches `forward` and `backward` through a plain autograd function instead, because the dispatcher's
+    way there costs more host time than the kernels of a small shape.
+
+    Args:
+        schema: `name(arguments) -> results` in PyTorch's schema language. Nothing is mutated, nothing aliases.
+        forward: `(*arguments)` -> the results.
+        fake: likewise on tensors without data: shapes, dtypes and strides alone.
+        setup_context, backward: as `torch.library.register_autograd` takes them; None if there is no gradient.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[[Any, tuple, Any], None] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ) -> None:
+        name, parenthesis, rest = schema.partition("(")
+        definition = torch.library.custom_op(f"triton_moe::{name}", forward, mutates_args=(), schema=parenthesis + rest)
+        definition.register_fake(fake)
+        self.forward = forward
+        self.function: Any = None
+        if backward is not None:
+            backward = first_order(backward)
+            definition.register_autograd(backward, setup_context=setup_context)
+            members = {"forward": forward, "setup_context": setup_context, "backward": backward}
+            self.function = type(
+                name, (torch.autograd.Function,), {name: staticmethod(member) for name, member in members.items()}
+            )
+        self.overload = getattr(torch.ops.triton_moe, name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.overload(*arguments)
+        if self.function is not None and records_gradients(arguments):
+            return self.function.apply(*arguments)
+        return self.forward(*arguments)
+
+
+def records_gradients(arguments: Sequence[Any]) -> bool:
+    """Whether autograd would have a use for the call."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)

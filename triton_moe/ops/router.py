@@ -1,0 +1,116 @@
+"""The router on the kernels: one product and two launches forward, one launch and two products backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from triton_moe.kernels.router import RouterOptions, router_bwd, router_fwd
+from triton_moe.layout import ExpertLayout
+from triton_moe.ops.library import Operator
+
+_OPTIONS = "int[] widths, int num_active_experts, bool softmax, bool normalize_weights, bool aux_losses"
+
+
+@functools.lru_cache(maxsize=256)
+def _options(widths: tuple[int, ...], num_active_experts: int, *flags: bool) -> RouterOptions:
+    return RouterOptions(ExpertLayout(widths), num_active_experts, *flags)
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight^T`: operands in x's dtype, result in fp32; autocast would round it, and is kept out."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _logits(x, weight)
+    weight = weight.to(x.dtype).t()
+    if x.dtype == torch.float32:
+        return torch.mm(x, weight)
+    if x.is_cuda:
+        return torch.mm(x, weight, out_dtype=torch.float32)
+    return torch.mm(x.float(), weight.float())
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
+) -> tuple[Tensor, ...]:
+    """-> weights, ids, f, three losses, summary (see `router_fwd`), logits."""
+    logits = _logits(x, weight)
+    return *router_fwd(logits, bias, x.dtype, _options(tuple(widths), num_active_experts, *flags)), logits
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts, fp32 = x.shape[0], len(widths), torch.float32
+    return (
+        x.new_empty(num_tokens, num_active_experts),
+        x.new_empty(num_tokens, num_active_experts, dtype=torch.int32),
+        x.new_empty(num_experts),
+        *(x.new_empty((), dtype=fp32) for _ in range(3)),
+        x.new_empty(num_experts + 2, dtype=fp32),
+        x.new_empty(num_tokens, num_experts, dtype=fp32),
+    )
+
+
+def _backward_impl(
+    x: Tensor, weight: Tensor, topk_ids: Tensor, summary: Tensor, logits: Tensor, dweights: Tensor | None,
+    dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, needs: Sequence[bool],
+    widths: Sequence[int], num_active_experts: int, *flags: bool,
+) -> list[Tensor]:  # fmt: skip
+    """-> those of dx and dweight that are needed."""
+    options = _options(tuple(widths), num_active_experts, *flags)
+    dlogits = router_bwd(logits, topk_ids, summary, dweights, (dz_loss, dbalance, dcompute), x.dtype, options)
+    need_x, need_weight = needs
+    grads = [torch.mm(dlogits, weight.to(x.dtype))] if need_x else []
+    return [*grads, torch.mm(dlogits.t(), x).to(weight.dtype)] if need_weight else grads
+
+
+def _backward_fake(x: Tensor, weight: Tensor, *rest) -> list[Tensor]:
+    need_x, need_weight = rest[7]
+    return [x.new_empty(x.shape)] * need_x + [weight.new_empty(weight.shape)] * need_weight
+
+
+_route_tokens_backward = Operator(
+    "route_tokens_backward(Tensor x, Tensor weight, Tensor topk_ids, Tensor summary, Tensor logits, Tensor? dweights, "
+    f"Tensor? dz_loss, Tensor? dbalance, Tensor? dcompute, bool[] needs, {_OPTIONS}) -> Tensor[]",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, _, *ctx.options = inputs
+    _, topk_ids, f, *_, summary, logits = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(topk_ids, f, summary, logits)
+    ctx.save_for_backward(x, weight, topk_ids, summary, logits)
+
+
+def _backward(ctx, dweights, _dids, _df, dz_loss, dbalance, dcompute, _dsummary, _dlogits):
+    needs = ctx.needs_input_grad[:2]
+    grads = iter(_route_tokens_backward(*ctx.saved_tensors, dweights, dz_loss, dbalance, dcompute, needs, *ctx.options))
+    return *(next(grads) if needed else None for needed in needs), *(None,) * 6
+
+
+_route_tokens = Operator(
+    f"route_tokens(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _backward,
+)
+
+
+def route_tokens(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: ExpertLayout, num_active_experts: int, router: str,
+    normalize_weights: bool, aux_losses: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`triton_moe.router.route_tokens` on checked arguments: the fields of its result."""
+    *routed, summary, _ = _route_tokens(
+        x, weight, bias, layout.widths, num_active_experts, router == "softmax", normalize_weights, aux_losses
+    )
+    return *routed, summary[-2], summary[-1]
