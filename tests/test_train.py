@@ -73,6 +73,17 @@ class TestData:
         assert sorted(whole.split()) == ["one", "zwölf"]
         assert corpus.source.endswith("(3 empty or not text)")
 
+    def test_files_without_text_do_not_change_the_order(self, tmp_path: Path):
+        """A run's own folder may be among the data: what it writes there must not make it another run."""
+        for i in range(9):
+            (tmp_path / f"{i}.txt").write_text(f"text {i} " * 20)
+        before = Corpus.load(tmp_path)
+        (tmp_path / "3.png").write_bytes(b"\x89PNG\0")
+        after = Corpus.load(tmp_path)
+        assert after.source.endswith("(1 empty or not text)")
+        assert torch.equal(after.train, before.train)
+        assert torch.equal(after.held_out, before.held_out)
+
     def test_standard_library(self):
         corpus = Corpus.load()
         assert corpus.train.numel() > 1_000_000

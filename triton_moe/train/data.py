@@ -56,7 +56,8 @@ class Corpus:
     def load(cls, data: Path | None = None) -> Corpus:
         """A file, every text file in a folder (hidden ones left out), or by default the standard library's sources.
 
-        Files are joined in an order that is random and always the same, so that both parts hold some of everything.
+        Files are joined in an order that is random and always the same, so that both parts hold some of everything;
+        those without text do not change it.
 
         Raises:
             ValueError: there is no such file or folder, or no text in it.
@@ -70,8 +71,8 @@ class Corpus:
             origin, paths = str(data), sorted(path for path in visible if path.is_file())
         else:
             raise ValueError(f"data: expected a file or a folder of text, got {data}, which does not exist")
-        random.Random(0).shuffle(paths)
         texts = [text for text in map(_read_text, paths) if text]
+        random.Random(0).shuffle(texts)
         if not texts:
             raise ValueError(f"data: expected UTF-8 text, got none in {len(paths)} files of {origin}")
         skipped = len(paths) - len(texts)
