@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -51,6 +53,15 @@ class Corpus:
     """likewise"""
     source: str
     """Where the text came from, and how much of it."""
+    data: Path | None
+    """The file or folder it is in, resolved; None is the standard library."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all the bytes: the training part, then the one held out."""
+        digest = hashlib.sha256(self.train.numpy().data)
+        digest.update(self.held_out.numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, data: Path | None = None) -> Corpus:
@@ -64,7 +75,7 @@ class Corpus:
         """
         if data is None:
             origin, paths = "the Python standard library", sorted(_standard_library_sources())
-        elif data.is_file():
+        elif (data := data.resolve()).is_file():
             origin, paths = str(data), [data]
         elif data.is_dir():
             visible = (path for path in data.rglob("*") if not _is_hidden(path.relative_to(data)))
@@ -79,7 +90,8 @@ class Corpus:
         content = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
         cut = content.numel() - content.numel() // HELD_OUT_SHARE
         source = f"{content.numel() / 1e6:.1f} MB in {len(texts)} files of {origin}"
-        return cls(content[:cut], content[cut:], source + (f" ({skipped} empty or not text)" if skipped else ""))
+        source += f" ({skipped} empty or not text)" if skipped else ""
+        return cls(content[:cut], content[cut:], source, data)
 
     def check_context(self, context: int) -> None:
         """Raise ValueError unless both parts hold a sequence of `context` bytes and the byte that follows."""
