@@ -1,6 +1,7 @@
 """triton-moe train: data, the model, a run that is interrupted and resumed, and what it ends with."""
 
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -59,6 +60,7 @@ class TestData:
         assert whole == text.read_bytes()
         assert corpus.held_out.numel() == len(whole) // 20
         assert corpus.source == f"0.0 MB in 1 files of {text}"
+        assert corpus.sha256 == hashlib.sha256(whole).hexdigest()
 
     def test_folder_takes_the_text_files_and_no_others(self, tmp_path: Path):
         for name, content in {
@@ -72,6 +74,17 @@ class TestData:
         whole = bytes(torch.cat([corpus.train, corpus.held_out]).tolist()).decode()
         assert sorted(whole.split()) == ["one", "zwölf"]
         assert corpus.source.endswith("(3 empty or not text)")
+
+    def test_files_without_text_do_not_change_the_order(self, tmp_path: Path):
+        """A run's own folder may be among the data: what it writes there must not make it another run."""
+        for i in range(9):
+            (tmp_path / f"{i}.txt").write_text(f"text {i} " * 20)
+        before = Corpus.load(tmp_path)
+        (tmp_path / "3.png").write_bytes(b"\x89PNG\0")
+        after = Corpus.load(tmp_path)
+        assert after.source.endswith("(1 empty or not text)")
+        assert torch.equal(after.train, before.train)
+        assert torch.equal(after.held_out, before.held_out)
 
     def test_standard_library(self):
         corpus = Corpus.load()
@@ -107,7 +120,7 @@ class TestData:
 
     def test_unigram_loss(self):
         train = torch.tensor([0, 0, 0, 1], dtype=torch.uint8)
-        corpus = Corpus(train, train, "")
+        corpus = Corpus(train, train, "", None)
         assert corpus.unigram_loss(torch.tensor([0, 1, 2])) == pytest.approx(
             -(math.log(4 / 260) + math.log(2 / 260) + math.log(1 / 260)) / 3
         )
@@ -254,11 +267,16 @@ class TestTrainer:
             trainer.checkpoint().save(tmp_path)
         assert Checkpoint.load(tmp_path).step == 0
 
-    def test_what_is_no_checkpoint(self, tmp_path: Path):
+    def test_what_is_no_checkpoint(self, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(ValueError, match=r"^resume: expected a checkpoint at .*, got none"):
             Checkpoint.load(tmp_path)
         (tmp_path / FILE_NAME).write_bytes(b"nonsense" * 10)
         with pytest.raises(ValueError, match=r"^resume: expected a checkpoint at .*, got a file that is none"):
+            Checkpoint.load(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr("triton_moe.train.checkpoint._FORMAT", "triton-moe-train-1")
+            Trainer(TINY, corpus, CPU).checkpoint().save(tmp_path)
+        with pytest.raises(ValueError, match=r"^resume: expected a checkpoint of format .*, got 'triton-moe-train-1'"):
             Checkpoint.load(tmp_path)
 
     def test_second_signal_raises(self):
@@ -311,20 +329,70 @@ class TestCommand:
         code, printed = command("--data", str(text), "--steps", "4", *TINY_OPTIONS)
         assert code == 0, printed
         (run,) = (tmp_path / "runs").iterdir()
-        code, printed = command("--data", str(text), "--resume", "--steps", "9", "--device", "cpu")
+        code, printed = command("--resume", "--steps", "9", "--device", "cpu")
         assert code == 0, printed
         assert Checkpoint.load(run).step == 9
         for wrong, message in (
-            (
-                ["--data", str(text), "--hidden-size", "32"],
-                "hidden_size: expected nothing, or 16 as the resumed run, got 32",
-            ),
+            (["--hidden-size", "32"], "hidden_size: expected nothing, or 16 as the resumed run, got 32"),
             (["--data", __file__], "data: expected the run's text"),
-            (["--data", str(text), "--out", "elsewhere"], "resume: expected a checkpoint at elsewhere"),
+            (["--out", "elsewhere"], "resume: expected a checkpoint at elsewhere"),
         ):
             code, printed = command(*wrong, "--resume", "--device", "cpu")
             assert code == 2
             assert message in printed
+
+    def test_resume_finds_the_text(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Where it was, or where `--data` says it is now, from any folder."""
+        out = str(tmp_path / "run")
+        monkeypatch.chdir(tmp_path)
+        code, printed = command("--data", text.name, "--out", out, "--steps", "1", *TINY_OPTIONS)
+        assert code == 0, printed
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        resume = ["--resume", "--out", out, "--device", "cpu", "--sample-bytes", "20"]
+        code, printed = command(*resume, "--steps", "2")
+        assert code == 0, printed
+        moved = text.rename("moved.txt")
+        code, printed = command(*resume, "--steps", "3")
+        assert code == 2
+        assert f"data: expected a file or a folder of text, got {text}, which does not exist" in printed
+        for step, arguments in ((3, ["--data", str(moved)]), (4, [])):
+            code, printed = command(*resume, *arguments, "--steps", str(step))
+            assert code == 0, printed
+            assert Checkpoint.load(Path(out)).step == step
+
+    def test_resume_wants_the_same_text(self, text: Path, tmp_path: Path):
+        """Another text of the same name and size is another text."""
+        resume = ["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]
+        code, printed = command("--data", str(text), "--out", str(tmp_path / "run"), "--steps", "1", *TINY_OPTIONS)
+        assert code == 0, printed
+        before = text.read_bytes()
+        text.write_bytes(before.swapcase())
+        expected, got = (
+            f"0.0 MB in 1 files of {text}, SHA-256 {hashlib.sha256(content).hexdigest()[:12]}"
+            for content in (before, before.swapcase())
+        )
+        for arguments in ([], ["--data", str(text)]):
+            code, printed = command(*resume, *arguments)
+            assert code == 2
+            assert f"data: expected the run's text, {expected}, got {got}" in printed
+
+    def test_resume_of_a_run_on_the_standard_library(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        library = tmp_path / "library"
+        library.mkdir()
+        module = text.rename(library / "module.py")
+        monkeypatch.setattr("triton_moe.train.data.standard_library", lambda: library)
+        out = tmp_path / "run"
+        code, printed = command("--out", str(out), "--steps", "1", *TINY_OPTIONS)
+        assert code == 0, printed
+        assert Checkpoint.load(out).data is None
+        resume = ["--resume", "--out", str(out), "--device", "cpu", "--sample-bytes", "20", "--steps", "2"]
+        code, printed = command(*resume)
+        assert code == 0, printed
+        module.write_text("another release of it" * 100)
+        code, printed = command(*resume)
+        assert code == 2
+        assert "data: expected the run's text, 0.0 MB in 1 files of the Python standard library, SHA-256" in printed
 
     def test_a_run_is_not_overwritten(self, text: Path, tmp_path: Path):
         arguments = ["--data", str(text), "--out", str(tmp_path / "run"), "--steps", "1", *TINY_OPTIONS]

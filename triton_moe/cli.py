@@ -25,6 +25,8 @@ RUNS = Path("runs")
 PROMPT = b"def "
 _REPORT_EVERY = 10
 """Steps between two readings of the loss, each of which waits for the device."""
+_SHOWN_DIGITS = 12
+"""Of a text's hash."""
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Mixture-of-experts layers of any widths, in Triton."
@@ -81,7 +83,7 @@ def _start(
     if resume:
         out = out or _newest_run()
         checkpoint = _resumed(out, given)
-        config = checkpoint.config
+        config, data = checkpoint.config, data or checkpoint.data
     else:
         out = out or RUNS / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         if (out / FILE_NAME).exists():
@@ -90,8 +92,11 @@ def _start(
     if config.backend == "triton" and device.type != "cuda":
         raise ValueError(f"backend: expected auto or torch on {device.type}, got 'triton'")
     corpus = Corpus.load(data)
-    if checkpoint is not None and corpus.source != checkpoint.source:
-        raise ValueError(f"data: expected the run's text, {checkpoint.source}, got {corpus.source}")
+    if checkpoint is not None and corpus.sha256 != checkpoint.sha256:
+        raise ValueError(
+            f"data: expected the run's text, {checkpoint.source}, SHA-256 {checkpoint.sha256[:_SHOWN_DIGITS]}, "
+            f"got {corpus.source}, SHA-256 {corpus.sha256[:_SHOWN_DIGITS]}"
+        )
     trainer = Trainer(config, corpus, device, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     return trainer, out
@@ -146,7 +151,8 @@ def _conclude(trainer: Trainer, out: Path, sample_bytes: int, console: Console) 
 @app.command()
 def train(
     data: Annotated[
-        Path | None, typer.Option(help="A file or a folder of text. [default: the Python standard library's sources]")
+        Path | None,
+        typer.Option(help="A file or a folder of text. [default: the resumed run's, else Python's standard library]"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/<date-time>]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or the newest one.")] = False,
@@ -203,8 +209,7 @@ def train(
         highlight=False,
     )
     if not _train(trainer, out, checkpoint_every, console):
-        console.print(
-            f"Stopped after {trainer.done} steps; saved. Go on with --resume --out {out}, other options as now."
-        )
+        go_on = escape(f"--resume --out {out} --device {chosen}")
+        console.print(f"Stopped after {trainer.done} steps; saved. Go on with {go_on}")
         raise typer.Exit(130)
     _conclude(trainer, out, sample_bytes, console)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from triton_moe.train.config import TrainConfig
 
 FILE_NAME = "checkpoint.safetensors"
-_FORMAT = "triton-moe-train-1"
+_FORMAT = "triton-moe-train-2"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Checkpoint:
 
     config: TrainConfig
     source: str
-    """`Corpus.source` of the text it was trained on."""
+    """Of the `Corpus` it was trained on, as the next two."""
+    data: Path | None
+    sha256: str
     step: int
     seconds: float
     """Spent in training steps so far."""
@@ -45,6 +47,8 @@ class Checkpoint:
             "format": _FORMAT,
             "config": json.dumps(self.config.to_dict()),
             "source": self.source,
+            "data": "" if self.data is None else str(self.data),
+            "sha256": self.sha256,
             "step": str(self.step),
             "seconds": str(self.seconds),
         }
@@ -75,6 +79,8 @@ class Checkpoint:
         return cls(
             config=TrainConfig(**json.loads(about["config"])),
             source=about["source"],
+            data=Path(about["data"]) if about["data"] else None,
+            sha256=about["sha256"],
             step=int(about["step"]),
             seconds=float(about["seconds"]),
             model=under("model/"),

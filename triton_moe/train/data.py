@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -51,34 +53,45 @@ class Corpus:
     """likewise"""
     source: str
     """Where the text came from, and how much of it."""
+    data: Path | None
+    """The file or folder it is in, resolved; None is the standard library."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all the bytes: the training part, then the one held out."""
+        digest = hashlib.sha256(self.train.numpy().data)
+        digest.update(self.held_out.numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, data: Path | None = None) -> Corpus:
         """A file, every text file in a folder (hidden ones left out), or by default the standard library's sources.
 
-        Files are joined in an order that is random and always the same, so that both parts hold some of everything.
+        Files are joined in an order that is random and always the same, so that both parts hold some of everything;
+        those without text do not change it.
 
         Raises:
             ValueError: there is no such file or folder, or no text in it.
         """
         if data is None:
             origin, paths = "the Python standard library", sorted(_standard_library_sources())
-        elif data.is_file():
+        elif (data := data.resolve()).is_file():
             origin, paths = str(data), [data]
         elif data.is_dir():
             visible = (path for path in data.rglob("*") if not _is_hidden(path.relative_to(data)))
             origin, paths = str(data), sorted(path for path in visible if path.is_file())
         else:
             raise ValueError(f"data: expected a file or a folder of text, got {data}, which does not exist")
-        random.Random(0).shuffle(paths)
         texts = [text for text in map(_read_text, paths) if text]
+        random.Random(0).shuffle(texts)
         if not texts:
             raise ValueError(f"data: expected UTF-8 text, got none in {len(paths)} files of {origin}")
         skipped = len(paths) - len(texts)
         content = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
         cut = content.numel() - content.numel() // HELD_OUT_SHARE
         source = f"{content.numel() / 1e6:.1f} MB in {len(texts)} files of {origin}"
-        return cls(content[:cut], content[cut:], source + (f" ({skipped} empty or not text)" if skipped else ""))
+        source += f" ({skipped} empty or not text)" if skipped else ""
+        return cls(content[:cut], content[cut:], source, data)
 
     def check_context(self, context: int) -> None:
         """Raise ValueError unless both parts hold a sequence of `context` bytes and the byte that follows."""

@@ -92,9 +92,16 @@ class Trainer:
         return loss
 
     def checkpoint(self) -> Checkpoint:
-        state = optimizer_state(self.model, self.optimizer)
         return Checkpoint(
-            self.config, self.corpus.source, self.done, self.seconds, self.model.state_dict(), state, self.usage
+            config=self.config,
+            source=self.corpus.source,
+            data=self.corpus.data,
+            sha256=self.corpus.sha256,
+            step=self.done,
+            seconds=self.seconds,
+            model=self.model.state_dict(),
+            optimizer=optimizer_state(self.model, self.optimizer),
+            usage=self.usage,
         )
 
     @contextmanager
