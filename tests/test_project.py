@@ -22,7 +22,7 @@ MUST_NOT_IMPORT = {
     "layout.py": r"triton\b|triton_moe\b",
     "torch_backend.py": r"triton\b|triton_moe(?!\.(activations|layout)\b)",
     "moe.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops)\b",
-    "router.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops)\b",
+    "router.py": r"triton\b|triton_moe\.(cli|train|testing|kernels)\b",
     "losses.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops)\b",
     "functional.py": r"torch\.nn\b(?!\.functional)|triton_moe\.(cli|train|testing|moe|router|losses)\b",
     "ops": r"torch\.nn\b|triton_moe\.(cli|train|testing|moe|router|losses|functional)\b",

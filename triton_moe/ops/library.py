@@ -49,7 +49,7 @@ class Operator:
         self.overload = getattr(torch.ops.triton_moe, name).default
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or any(is_traced(arg) for arg in arguments):
             return self.overload(*arguments)
         if self.function is not None and records_gradients(arguments):
             return self.function.apply(*arguments)
@@ -59,3 +59,8 @@ class Operator:
 def records_gradients(arguments: Sequence[Any]) -> bool:
     """Whether autograd would have a use for the call."""
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+
+
+def is_traced(argument: Any) -> bool:
+    """Whether an argument is a tensor of another class than PyTorch's own: fake, functional, or a user's."""
+    return isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter)

@@ -1,0 +1,54 @@
+"""The operators of torch.library: what their schemas, fakes and backwards promise, checked by PyTorch's own opcheck."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from triton_moe.activations import ACTIVATIONS, is_gated
+from triton_moe.layout import ExpertLayout
+
+pytest.importorskip("triton")
+import triton_moe.ops.moe_mlp
+import triton_moe.ops.router  # noqa: F401
+
+# opcheck itself reads the gradients of tensors that are no leaves.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+LAYOUT, T, H, K = ExpertLayout((16, 8, 5, 0)), 9, 12, 2
+E, S = LAYOUT.num_experts, LAYOUT.total_width
+
+
+@pytest.fixture(autouse=True)
+def no_memory_is_left_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """opcheck compares every element of a result, and those between the blocks of a ragged buffer are unspecified."""
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)
+
+
+def normal(*shape: int, device: str, requires_grad: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) / 4).to(device).requires_grad_(requires_grad)
+
+
+def ids(device: str) -> Tensor:
+    """Some of them E: no expert."""
+    return torch.randint(0, E + 1, (T, K), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_moe_mlp(activation: str, device: str) -> None:
+    x, w1, w2 = (normal(*shape, device=device) for shape in ((T, H), (H, S), (S, H)))
+    w3 = normal(H, S, device=device) if is_gated(activation) else None
+    weights = torch.rand(T, K, device=device, requires_grad=True)
+    arguments = (x, weights, ids(device), w1, w2, w3, LAYOUT.widths, activation)
+    opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, True))
+    with torch.no_grad():
+        opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_route_tokens(softmax: bool, with_bias: bool, device: str) -> None:
+    x, weight = normal(T, H, device=device), normal(E, H, device=device)
+    bias = normal(E, device=device, requires_grad=False) if with_bias else None
+    opcheck(torch.ops.triton_moe.route_tokens.default, (x, weight, bias, LAYOUT.widths, K, softmax, True, with_bias))

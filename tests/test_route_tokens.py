@@ -1,0 +1,148 @@
+"""The fused router against its definition: choice, weights, losses, statistics, gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from triton_moe.layout import ExpertLayout
+from triton_moe.losses import compute_loss, load_balance_loss, router_z_loss
+from triton_moe.router import ROUTERS, RouterOutput, route_tokens, router_logits, router_scores
+from triton_moe.testing import assert_within_budget, poison_empty
+
+LAYOUT = ExpertLayout.from_sizes([(3, 16), (2, 8), (1, 5), (1, 0)])
+E, H = LAYOUT.num_experts, 40
+LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+
+
+def tensors(T: int, dtype: torch.dtype, device: str, num_experts: int = E) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    x = torch.randn(T, H, generator=generator)
+    weight = torch.randn(num_experts, H, generator=generator) / H**0.5
+    return x.to(device, dtype), weight.to(device, dtype)
+
+
+def by_definition(
+    x: Tensor, weight: Tensor, topk_ids: Tensor, router: str, normalize: bool, layout: ExpertLayout = LAYOUT
+) -> RouterOutput:
+    """For a given choice, in the dtype of x (fp32 if that has 16 bits)."""
+    logits = router_logits(x, weight)
+    probs = router_scores(logits, router)
+    chosen = probs.gather(1, topk_ids.long())
+    weights = chosen / (chosen.sum(1, keepdim=True) + 1e-20) if normalize else chosen
+    f = torch.bincount(topk_ids.flatten(), minlength=layout.num_experts).to(probs) / max(topk_ids.numel(), 1)
+    losses = router_z_loss(logits), load_balance_loss(probs, f, layout), compute_loss(probs, layout)
+    zero = logits.new_zeros(())
+    largest, mean = (logits.abs().max(), logits.mean()) if logits.numel() else (zero, zero)
+    return RouterOutput(weights.to(x.dtype), topk_ids, f.to(x.dtype), *losses, largest.detach(), mean.detach())
+
+
+def forward_backward(function: Any, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Results and gradients, from a gradient of the weights and of each loss."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    routed = function(x, weight)
+    slots = torch.arange(routed.topk_weights.numel(), device=x.device).view_as(routed.topk_weights)
+    loss = (routed.topk_weights * (slots * 0.7).cos().to(x.dtype)).to(routed.router_z_loss.dtype).sum()
+    for i, name in enumerate(LOSSES):
+        loss = loss + (i + 1) * getattr(routed, name)
+    loss.backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    results = {name: value for name, value in routed._asdict().items() if name != "topk_ids"}
+    return {**results, "dx": x.grad, "dweight": weight.grad}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("T", "K"), [(50, 2), (1, 1), (33, 7), (0, 2)])
+def test_matches_the_definition(router: str, normalize: bool, T: int, K: int, device: str, dtype: torch.dtype) -> None:
+    x, weight = tensors(T, dtype, device)
+    options: dict[str, Any] = {"router": router, "normalize_weights": normalize}
+
+    def ours(x: Tensor, weight: Tensor) -> RouterOutput:
+        return route_tokens(x, weight, layout=LAYOUT, num_active_experts=K, backend="triton", **options)
+
+    def definition(x: Tensor, weight: Tensor) -> RouterOutput:
+        return by_definition(x, weight, topk_ids, router, normalize)
+
+    with poison_empty():
+        actual = forward_backward(ours, x, weight)
+    topk_ids = ours(x, weight).topk_ids
+    scores = router_scores(router_logits(x, weight), router)
+    assert torch.equal(topk_ids.long(), scores.sort(dim=1, descending=True, stable=True).indices[:, :K])
+    plain = forward_backward(definition, x, weight)
+    truth = forward_backward(definition, x.double(), weight.double())
+    assert_within_budget(actual, truth, plain, eps_dtype=dtype, name="route_tokens")
+
+
+def test_a_bias_changes_the_choice_but_not_the_weights(device: str) -> None:
+    x, weight = tensors(20, torch.float32, device)
+    bias = torch.tensor([0.0, 0.0, 10.0, 0.0, 0.0, 5.0, 0.0], device=device)
+    routed = route_tokens(x, weight, bias, layout=LAYOUT, num_active_experts=2, backend="triton")
+    assert torch.equal(routed.topk_ids, torch.tensor([[2, 5]], device=device).expand(20, 2).int())
+    scores = router_logits(x, weight).sigmoid()[:, [2, 5]]
+    torch.testing.assert_close(routed.topk_weights, scores / scores.sum(1, keepdim=True))
+
+
+def test_equal_scores_go_to_the_lowest_ids(device: str) -> None:
+    x, weight = torch.ones(3, H, device=device), torch.zeros(E, H, device=device)
+    routed = route_tokens(x, weight, layout=LAYOUT, num_active_experts=3, backend="triton")
+    assert routed.topk_ids.tolist() == [[0, 1, 2]] * 3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's numpy, of NaN
+def test_nan_stays_with_its_token(device: str) -> None:
+    x, weight = tensors(5, torch.float32, device)
+    expected = route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, backend="triton")
+    x[3] = torch.nan
+    routed = route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, backend="triton")
+    assert routed.topk_weights[3].isnan().all()
+    assert routed.topk_ids[3].tolist() == [0, 1]
+    others = [0, 1, 2, 4]
+    assert torch.equal(routed.topk_weights[others], expected.topk_weights[others])
+    assert routed.router_logits_abs_max.isnan()
+
+
+@pytest.mark.parametrize("num_experts", [1, 512, 513])
+def test_number_of_experts(num_experts: int, device: str) -> None:
+    """Up to 512 in the kernel, more in PyTorch."""
+    layout = ExpertLayout((8,) * num_experts)
+    x, weight = tensors(6, torch.float32, device, num_experts)
+    K = min(8, num_experts)
+    routed = route_tokens(x, weight, layout=layout, num_active_experts=K, backend="triton")
+    expected = by_definition(x, weight, routed.topk_ids, "sigmoid", True, layout)
+    scores = router_logits(x, weight).sigmoid()
+    assert torch.equal(scores.gather(1, routed.topk_ids.long()), scores.topk(K).values)
+    for name, value in routed._asdict().items():
+        torch.testing.assert_close(value, getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+def test_without_aux_losses_they_are_zero(device: str) -> None:
+    x, weight = tensors(20, torch.float32, device)
+    whole = route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, backend="triton")
+    routed = route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, aux_losses=False, backend="triton")
+    assert all(torch.equal(getattr(routed, name), getattr(whole, name)) for name in ("topk_weights", "topk_ids", "f"))
+    assert not any(routed[3:])
+    assert any(whole[3:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3)}, r"x: expected a float tensor \(T, H\), got torch.float32 of shape \(3,\)"),
+        ({"x": torch.zeros(3, H).long()}, "x: expected a float tensor"),
+        ({"weight": torch.zeros(E, H + 1)}, rf"weight: expected floats of shape \({E}, {H}\)"),
+        ({"bias": torch.zeros(E + 1)}, rf"bias: expected floats of shape \({E},\)"),
+        ({"bias": torch.zeros(E, device="meta")}, "bias: expected a tensor on cpu, got meta"),
+        ({"num_active_experts": 0}, f"num_active_experts: expected 1 <= K <= E = {E}, got 0"),
+        ({"num_active_experts": E + 1}, f"num_active_experts: expected 1 <= K <= E = {E}, got {E + 1}"),
+        ({"layout": (8, 8)}, "layout: expected an ExpertLayout, got tuple"),
+        ({"router": "tanh"}, "router: expected one of sigmoid, softmax, got 'tanh'"),
+        ({"backend": "cuda"}, "backend: expected one of auto, triton, torch, got 'cuda'"),
+    ],
+)
+def test_bad_input(changes: dict[str, Any], message: str) -> None:
+    arguments = {"x": torch.zeros(3, H), "weight": torch.zeros(E, H), "layout": LAYOUT, "num_active_experts": 2}
+    with pytest.raises(ValueError, match=message):
+        route_tokens(**{**arguments, **changes})
