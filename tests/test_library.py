@@ -21,8 +21,9 @@ E, S = LAYOUT.num_experts, LAYOUT.total_width
 @pytest.fixture(autouse=True)
 def no_memory_is_left_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """opcheck compares every element of a result, and those between the blocks of a ragged buffer are unspecified."""
-    monkeypatch.setattr(torch, "empty", torch.zeros)
-    monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)
+    empty, new_empty = torch.empty, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).zero_())
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).zero_())
 
 
 def normal(*shape: int, device: str, requires_grad: bool = True) -> Tensor:

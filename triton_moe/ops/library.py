@@ -42,10 +42,7 @@ class Operator:
         if backward is not None:
             backward = first_order(backward)
             definition.register_autograd(backward, setup_context=setup_context)
-            members = {"forward": forward, "setup_context": setup_context, "backward": backward}
-            self.function = type(
-                name, (torch.autograd.Function,), {name: staticmethod(member) for name, member in members.items()}
-            )
+            self.function = _eager_function(name, forward, setup_context, backward)
         self.overload = getattr(torch.ops.triton_moe, name).default
 
     def __call__(self, *arguments: Any) -> Any:
@@ -54,6 +51,22 @@ class Operator:
         if self.function is not None and records_gradients(arguments):
             return self.function.apply(*arguments)
         return self.forward(*arguments)
+
+
+def _eager_function(
+    name: str, forward: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Any:
+    """An autograd function of the three. With a `setup_context` of its own PyTorch would inspect signatures at every
+    call."""
+
+    def forward_and_save(ctx: Any, *arguments: Any) -> Any:
+        output = forward(*arguments)
+        if setup_context is not None:
+            setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
 
 
 def records_gradients(arguments: Sequence[Any]) -> bool:
