@@ -144,12 +144,14 @@ def _check_reserved(**options: tuple[object, object]) -> None:
             _fail(name, f"{default!r}, all that is supported so far", got)
 
 
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def matmul_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a matrix product takes a tensor: autocast's where that is on, but for float64, or its own."""
-    kind = tensor.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    casts = on and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if casts else tensor.dtype
+    casts = _autocasts(tensor.device) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(tensor.device.type) if casts else tensor.dtype
 
 
 def moe_mlp(
@@ -201,8 +203,9 @@ def moe_mlp(
     _check_type(x, Tensor, "x", "a tensor")
     if not x.is_floating_point() or x.dim() == 0:
         _fail("x", "a float tensor (..., H)", f"{x.dtype} of {x.dim()} dimensions")
-    x, w1, w2 = (t.to(matmul_dtype(t)) if isinstance(t, Tensor) else t for t in (x, w1, w2))
-    w3 = w3.to(matmul_dtype(w3)) if isinstance(w3, Tensor) else w3
+    if _autocasts(x.device):
+        x, w1, w2 = (t.to(matmul_dtype(t)) if isinstance(t, Tensor) else t for t in (x, w1, w2))
+        w3 = w3.to(matmul_dtype(w3)) if isinstance(w3, Tensor) else w3
     hidden_size = x.shape[-1]
     _check_type(w2, Tensor, "w2", "a tensor")
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)

@@ -199,7 +199,8 @@ class Routing:
 
 def num_row_blocks(num_rows: int, layout: ExpertLayout, block_m: int) -> int:
     """The most row blocks of `block_m` rows that so many rows, of any experts, can need. num_rows may be symbolic."""
-    return num_rows // block_m + sym_min(num_rows, layout.num_experts)  # type: ignore[return-value]
+    least = min if isinstance(num_rows, int) else sym_min
+    return num_rows // block_m + least(num_rows, layout.num_experts)  # type: ignore[return-value]
 
 
 def ragged_numel(num_rows: int, layout: ExpertLayout) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_moe.activations import GATE_ACTIVATION, is_gated
-from triton_moe.kernels.config import BLOCK_M, LayoutTables, layout_tables, tile_config
+from triton_moe.kernels.config import BLOCK_M, LayoutTables, cdiv, layout_tables, tile_config
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
@@ -126,7 +126,7 @@ def _activation_bwd_launcher(
         activation_bwd_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT, BLOCK_M=BLOCK_M,
         BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
     )  # fmt: skip
-    return launch, tables, triton.cdiv(layout.max_width, config.BLOCK_N)
+    return launch, tables, cdiv(layout.max_width, config.BLOCK_N)
 
 
 def activation_bwd(pre: Tensor, dact: Tensor, routing: Routing, activation: str) -> Tensor:

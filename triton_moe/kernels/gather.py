@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import rows_contiguous
+from triton_moe.kernels.config import cdiv, rows_contiguous
 from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import Routing
 
@@ -37,7 +37,7 @@ def launcher_over_hidden(kernel: Any, hidden_size: int, **options: Any) -> tuple
     """
     block = max(16, min(512, triton.next_power_of_2(hidden_size)))
     launch = Launcher(kernel, **options, BLOCK_H=block, num_warps=max(1, block // 256))
-    return launch, triton.cdiv(hidden_size, block)
+    return launch, cdiv(hidden_size, block)
 
 
 def gather_fwd(x: Tensor, weights: Tensor | None, routing: Routing) -> Tensor:

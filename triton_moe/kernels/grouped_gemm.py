@@ -20,6 +20,7 @@ from triton_moe.kernels.activation import act_fwd
 from triton_moe.kernels.config import (
     BLOCK_M,
     LayoutTables,
+    cdiv,
     divides_widths,
     input_precision,
     layout_tables,
@@ -121,7 +122,7 @@ def _up_launcher(
         EVEN_K=hidden_size % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
         **config._asdict(),
     )  # fmt: skip
-    return launch, tables, triton.cdiv(layout.max_width, config.BLOCK_N)
+    return launch, tables, cdiv(layout.max_width, config.BLOCK_N)
 
 
 def grouped_gemm_up_fwd(
@@ -157,7 +158,7 @@ def _down_launcher(
         EVEN_K=divides_widths(config.BLOCK_K, layout), EVEN_N=hidden_size % config.BLOCK_N == 0, BLOCK_M=BLOCK_M,
         **config._asdict(),
     )  # fmt: skip
-    return launch, tables, triton.cdiv(hidden_size, config.BLOCK_N)
+    return launch, tables, cdiv(hidden_size, config.BLOCK_N)
 
 
 def grouped_gemm_down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:

@@ -21,6 +21,7 @@ from triton_moe.kernels.activation import act_fwd, load_pre, store_dpre
 from triton_moe.kernels.config import (
     BLOCK_M,
     LayoutTables,
+    cdiv,
     divides_widths,
     input_precision,
     layout_tables,
@@ -156,7 +157,7 @@ def _dh_launchers(
         **config._asdict(),
     )  # fmt: skip
     launch_sum = Launcher(sum_partials_kernel, BLOCK_N=config.BLOCK_N, SLOTS=_SLOTS)
-    return launch, launch_sum, tables, triton.cdiv(layout.max_width, config.BLOCK_N)
+    return launch, launch_sum, tables, cdiv(layout.max_width, config.BLOCK_N)
 
 
 def grouped_gemm_dh(
@@ -182,7 +183,7 @@ def grouped_gemm_dh(
         routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip
     launch_sum(
-        (triton.cdiv(num_slots, _SLOTS),), partial, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths,
+        (cdiv(num_slots, _SLOTS),), partial, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths,
         dweights, num_slots, num_tiles_n,
     )  # fmt: skip
     return dpre, act_weighted, dweights
@@ -199,7 +200,7 @@ def _dw_launcher(
         EVEN_M=hidden_size % BLOCK_M == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
         **config._asdict(),
     )  # fmt: skip
-    return launch, tables, triton.cdiv(hidden_size, BLOCK_M), triton.cdiv(layout.max_width, config.BLOCK_N)
+    return launch, tables, cdiv(hidden_size, BLOCK_M), cdiv(layout.max_width, config.BLOCK_N)
 
 
 def grouped_gemm_dw(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import BLOCK_M, LayoutTables, layout_tables
+from triton_moe.kernels.config import BLOCK_M, LayoutTables, cdiv, layout_tables
 from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, num_row_blocks
 
@@ -198,8 +198,8 @@ def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
     """
     ids, num_experts, num_slots = topk_ids.contiguous(), layout.num_experts, topk_ids.numel()
     count, place, tables, experts, slots = _launchers(layout, ids.device)
-    span = slots * max(1, triton.cdiv(num_slots, slots * _MAX_SPANS))
-    num_spans = triton.cdiv(num_slots, span)
+    span = slots * max(1, cdiv(num_slots, slots * _MAX_SPANS))
+    num_spans = cdiv(num_slots, span)
     packed = torch.empty(packed_numel(num_slots, layout), dtype=torch.int32, device=ids.device)
     span_counts = torch.empty(num_spans * experts, dtype=torch.int32, device=ids.device)
     routing = unpack(packed, topk_ids, layout)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_moe.kernels.config import cdiv
 from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import ExpertLayout
 
@@ -261,8 +262,8 @@ class RouterOptions(NamedTuple):
 
 def _spans(num_tokens: int, tokens: int) -> tuple[int, int]:
     """-> programs, and tokens of each: a multiple of what it takes at once."""
-    span = tokens * max(1, triton.cdiv(num_tokens, tokens * _MAX_PROGRAMS))
-    return triton.cdiv(num_tokens, span), span
+    span = tokens * max(1, cdiv(num_tokens, tokens * _MAX_PROGRAMS))
+    return cdiv(num_tokens, span), span
 
 
 def router_fwd(

@@ -46,9 +46,14 @@ class Operator:
         self.overload = getattr(torch.ops.triton_moe, name).default
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or any(is_traced(arg) for arg in arguments):
+        traced, needs_grad = torch.compiler.is_compiling(), False
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                traced = traced or type(argument) not in (Tensor, torch.nn.Parameter)  # fake, functional, or a user's
+                needs_grad = needs_grad or argument.requires_grad
+        if traced:
             return self.overload(*arguments)
-        if self.function is not None and records_gradients(arguments):
+        if needs_grad and self.function is not None and torch.is_grad_enabled():
             return self.function.apply(*arguments)
         return self.forward(*arguments)
 
@@ -72,8 +77,3 @@ def _eager_function(
 def records_gradients(arguments: Sequence[Any]) -> bool:
     """Whether autograd would have a use for the call."""
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-
-
-def is_traced(argument: Any) -> bool:
-    """Whether an argument is a tensor of another class than PyTorch's own: fake, functional, or a user's."""
-    return isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter)

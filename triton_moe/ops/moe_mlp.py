@@ -13,7 +13,7 @@ from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import packed_numel, route, unpack
 from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import ExpertLayout, ragged_numel
-from triton_moe.ops.library import Operator, records_gradients
+from triton_moe.ops.library import Operator
 
 layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
 
@@ -126,5 +126,6 @@ def moe_mlp(
     activation: str,
 ) -> Tensor:  # fmt: skip
     """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)`."""
-    keep_pre = records_gradients((x, topk_weights, w1, w2, w3))
+    operands = (x, topk_weights, w1, w2, w3)
+    keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     return _moe_mlp(x, topk_weights, topk_ids, w1, w2, w3, layout.widths, activation, keep_pre)[0]
