@@ -34,17 +34,19 @@ def _version_of(package: str) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """The columns every row ends with. The commit is git's, or without a history the environment's BENCH_COMMIT."""
+    """The columns every row ends with. The commit is the environment's BENCH_COMMIT, or else git's."""
     on_gpu = device.type == "cuda"
     driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else ""
-    commit = _output_of("git", "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else ""
+    commit = os.environ.get("BENCH_COMMIT") or (
+        _output_of("git", "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else ""
+    )
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "",
         "driver": driver.partition("\n")[0],
         "torch": torch.__version__,
         "triton": _version_of("triton"),
         "python": platform.python_version(),
-        "commit": commit or os.environ.get("BENCH_COMMIT", ""),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 

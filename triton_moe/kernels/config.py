@@ -30,8 +30,8 @@ class TileConfig(NamedTuple):
 
 
 _INTERPRETER_TILE = TileConfig(16, 16, 1, 1)
-_FP32_TILE = TileConfig(64, 32, 8, 2)
-_FP32_PAIR_TILE = TileConfig(32, 32, 8, 2)
+_FP32_TILE = TileConfig(64, 16, 8, 2)
+_FP32_PAIR_TILE = TileConfig(32, 16, 8, 2)
 # Fits the 99 KB of shared memory of compute capability 8.6, 8.9 and 12.0.
 _TILES = {
     "up": TileConfig(128, 32, 8, 4),

@@ -122,6 +122,7 @@ def grouped_gemm_dw_kernel(
     col_mask = cols < width
     d_cols = ragged_start(d, expert, 0, width, ragged_offsets, PARTS, ALIGNMENT) + part * width + cols
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lost = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, count, BLOCK_K):
         place = k + tl.arange(0, BLOCK_K)
         exists = place < count
@@ -132,7 +133,7 @@ def grouped_gemm_dw_kernel(
         d_mask = exists[:, None] if EVEN_N else exists[:, None] & col_mask[None, :]
         x_tile = tl.load(x + rows.to(tl.int64)[:, None] * stride_xt + hidden[None, :], mask=x_mask, other=0)
         d_tile = tl.load(d_cols[None, :] + place.to(tl.int64)[:, None] * (PARTS * width), mask=d_mask, other=0)
-        acc = accumulate(acc, tl.trans(x_tile), d_tile, INPUT_PRECISION)
+        acc, lost = accumulate(acc, lost, tl.trans(x_tile), d_tile, INPUT_PRECISION)
     offsets_w = hidden.to(tl.int64)[:, None] * stride_wh + ((offset + cols) * stride_ws)[None, :]
     mask = hidden_mask[:, None] & col_mask[None, :]
     if part == 0:
