@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from typing import NoReturn
 
@@ -97,9 +98,14 @@ def _check_tokens(x: Tensor, routing: Routing) -> None:
         _fail("x", f"shape ({routing.num_tokens}, H)", tuple(x.shape))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on a device: a CUDA one, or the CPU under Triton's interpreter."""
+    return _look_for_kernels(device)
+
+
+@functools.cache
+def _look_for_kernels(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cuda":
@@ -212,7 +218,7 @@ def moe_mlp(
     _check_ids(topk_ids, layout)
     _check_device(topk_ids, "topk_ids", x.device)
     _check_topk_weights(topk_weights, topk_ids, x)
-    num_tokens = x.shape[:-1].numel()
+    num_tokens = math.prod(x.shape[:-1])
     if topk_ids.shape[0] != num_tokens:
         _fail("topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
     if runs_kernels(x.device, x.dtype, backend):
@@ -233,10 +239,9 @@ def route(topk_ids: Tensor, layout: ExpertLayout, *, backend: str = "auto") -> R
     _check_ids(topk_ids, layout)
     if not runs_kernels(topk_ids.device, None, backend):
         return torch_backend.route(topk_ids, layout)
-    from triton_moe.kernels.route import route as run
-    from triton_moe.kernels.route import trimmed
+    from triton_moe.ops.building_blocks import route as run
 
-    return trimmed(run(topk_ids, layout))
+    return run(topk_ids, layout)
 
 
 def _implementation(routing: Routing, tensor: Tensor, argument: str):

@@ -37,7 +37,7 @@ from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 def grouped_gemm_up_fwd_kernel(
     x, w1, w3, pre, out, H, stride_xt, stride_wh, stride_ws,
     widths, offsets, row_to_slot, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, STORE_PRE: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -64,19 +64,20 @@ def grouped_gemm_up_fwd_kernel(
     )  # fmt: skip
 
     mask = exists[:, None] & col_mask[None, :]
-    element = out.dtype.element_ty
-    if STORE_PRE:
+    element = x.dtype.element_ty
+    if pre is not None:
         pre_ptrs = ragged_start(pre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT)
         pre_ptrs += local[:, None] * (PARTS * width) + cols[None, :]
         tl.store(pre_ptrs, gate.to(element), mask=mask)
         if GATED:
             tl.store(pre_ptrs + width, up.to(element), mask=mask)
-    act = act_fwd(gate, ACTIVATION)
-    if GATED:
-        act *= up
-    out_ptrs = ragged_start(out, expert, start, width, ragged_offsets, 1, ALIGNMENT)
-    out_ptrs += local[:, None] * width + cols[None, :]
-    tl.store(out_ptrs, act.to(element), mask=mask)
+    if out is not None:
+        act = act_fwd(gate, ACTIVATION)
+        if GATED:
+            act *= up
+        out_ptrs = ragged_start(out, expert, start, width, ragged_offsets, 1, ALIGNMENT)
+        out_ptrs += local[:, None] * width + cols[None, :]
+        tl.store(out_ptrs, act.to(element), mask=mask)
 
 
 @triton.jit
@@ -126,22 +127,22 @@ def _up_launcher(
 
 
 def grouped_gemm_up_fwd(
-    x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor, pre: Tensor | None, routing: Routing, activation: str,
-    gathered: bool = True,
+    x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor | None, pre: Tensor | None, routing: Routing,
+    activation: str, gathered: bool = True,
 ) -> None:  # fmt: skip
-    """Fill the ragged buffers `out` (activation) and, unless None, `pre` (pre-activation) of every routed row.
+    """Fill the ragged buffers `out` (activation) and `pre` (pre-activation) of every routed row, either unless None.
 
     x is `(T, H)`, or `(R, H)` in expert order if not `gathered`; w1 and w3 `(H, S)` of any strides.
     """
     x, hidden_size = rows_contiguous(x), x.shape[1]
     launch, tables, num_tiles_n = _up_launcher(
         routing.layout, hidden_size, x.dtype, x.device, w3 is not None, TOP_K=routing.top_k, GATHER=gathered,
-        ACTIVATION=GATE_ACTIVATION.get(activation, activation), STORE_PRE=pre is not None,
+        ACTIVATION=GATE_ACTIVATION.get(activation, activation),
         INPUT_PRECISION=input_precision(x.dtype),
     )  # fmt: skip
     w3 = w1 if w3 is None else with_strides_of(w3, w1)
     launch(
-        (routing.num_row_blocks * num_tiles_n,), x, w1, w3, out if pre is None else pre, out, hidden_size,
+        (routing.num_row_blocks * num_tiles_n,), x, w1, w3, pre, out, hidden_size,
         x.stride(0), *w1.stride(), tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets,
         routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip

@@ -175,7 +175,7 @@ def grouped_gemm_dh(
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype),
     )  # fmt: skip
     dpre = torch.empty_like(pre)
-    act_weighted = torch.empty(routing.ragged_numel(), dtype=pre.dtype, device=pre.device)
+    act_weighted = pre.new_empty(pre.numel() // 2 if is_gated(activation) else pre.numel())
     partial = torch.empty(num_slots * num_tiles_n, dtype=torch.float32, device=pre.device)
     dweights = torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=pre.device)
     launch(

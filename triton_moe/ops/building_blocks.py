@@ -1,6 +1,12 @@
-"""The building blocks on the kernels, each differentiable by itself. `moe_mlp` fuses more; these compose freely."""
+"""The building blocks on the kernels, each differentiable by itself. `moe_mlp` fuses more; these compose freely.
+
+As operators they take a routing apart: ids, packed tensor, widths.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,102 +15,242 @@ from triton_moe.kernels.activation import activation_bwd
 from triton_moe.kernels.gather import gather_fwd
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dw
+from triton_moe.kernels.route import packed_numel, trimmed, unpack
+from triton_moe.kernels.route import route as route_fwd
 from triton_moe.kernels.scatter import scatter_bwd_weights, scatter_fwd
-from triton_moe.layout import Routing
-from triton_moe.ops.first_order import first_order
+from triton_moe.layout import ExpertLayout, Routing, ragged_numel
+from triton_moe.ops.library import Operator
+
+layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
+_ROUTING = "Tensor topk_ids, Tensor packed, int[] widths"
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, routing: Routing):
-        ctx.routing = routing
-        return gather_fwd(x, None, routing)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, drows):
-        return scatter_fwd(drows, None, ctx.routing), None
+def _apart(routing: Routing) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    assert routing.packed is not None
+    return routing.topk_ids, routing.packed, routing.layout.widths
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, topk_weights, routing: Routing):
-        ctx.save_for_backward(y, topk_weights)
-        ctx.routing = routing
-        return scatter_fwd(y, topk_weights, routing)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dout):
-        y, topk_weights = ctx.saved_tensors
-        need_y, need_weights, _ = ctx.needs_input_grad
-        dy = gather_fwd(dout, topk_weights, ctx.routing) if need_y else None
-        dweights = scatter_bwd_weights(dout, y, ctx.routing, topk_weights.dtype) if need_weights else None
-        return dy, dweights, None
+def _whole(topk_ids: Tensor, packed: Tensor, widths: Sequence[int]) -> Routing:
+    return unpack(packed, topk_ids, layout_of(tuple(widths)))
 
 
-class _GroupedGemmUp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w1, w3, routing: Routing, activation: str):
-        out = x.new_zeros(routing.ragged_numel())
-        pre = x.new_empty(routing.ragged_numel(1 if w3 is None else 2))
-        grouped_gemm_up_fwd(x, w1, w3, out, pre, routing, activation)
-        ctx.save_for_backward(x, w1, w3, pre)
-        ctx.routing, ctx.activation = routing, activation
-        return out
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dout):
-        x, w1, w3, pre = ctx.saved_tensors
-        need_x, need_w1, need_w3 = ctx.needs_input_grad[:3]
-        dpre = activation_bwd(pre, dout, ctx.routing, ctx.activation)
-        dx = dw1 = dw3 = None
-        if need_w1 or need_w3:
-            dw1 = torch.empty_like(w1)
-            dw3 = None if w3 is None else torch.empty_like(w1)
-            grouped_gemm_dw(x, dpre, dw1, dw3, ctx.routing)
-        if need_x:
-            dx_rows = x.new_empty(ctx.routing.num_rows, x.shape[1])
-            grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, ctx.routing)
-            dx = scatter_fwd(dx_rows, None, ctx.routing)
-        return dx, dw1, dw3, None, None
+# route
 
 
-class _GroupedGemmDown(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_up, w2, routing: Routing):
-        ctx.save_for_backward(x_up, w2)
-        ctx.routing = routing
-        y = x_up.new_zeros(routing.num_rows, w2.shape[1])
-        grouped_gemm_down_fwd(x_up.contiguous(), w2, None, y, routing)
-        return y
+def _route(topk_ids: Tensor, widths: Sequence[int]) -> Tensor:
+    packed = route_fwd(topk_ids, layout_of(tuple(widths))).packed
+    assert packed is not None
+    return packed
 
-    @staticmethod
-    @first_order
-    def backward(ctx, dy):
-        x_up, w2 = ctx.saved_tensors
-        dx_up = dw2 = None
-        if ctx.needs_input_grad[0]:
-            dx_up = torch.zeros_like(x_up)
-            grouped_gemm_up_fwd(dy, w2.t(), None, dx_up, None, ctx.routing, "none", gathered=False)
-        if ctx.needs_input_grad[1]:
-            dw2 = torch.empty_like(w2)
-            grouped_gemm_dw(dy, x_up.contiguous(), dw2.t(), None, ctx.routing, gathered=False)
-        return dx_up, dw2, None
+
+def _route_fake(topk_ids: Tensor, widths: Sequence[int]) -> Tensor:
+    return topk_ids.new_empty(packed_numel(topk_ids.numel(), layout_of(tuple(widths))), dtype=torch.int32)
+
+
+_route_op = Operator("route(Tensor topk_ids, int[] widths) -> Tensor", _route, _route_fake)
+
+
+def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
+    return trimmed(unpack(_route_op(topk_ids, layout.widths), topk_ids, layout))
+
+
+# gather
+
+
+def _gather_setup(ctx, inputs: tuple, output: Tensor) -> None:
+    _, topk_ids, packed, ctx.widths = inputs
+    ctx.save_for_backward(topk_ids, packed)
+
+
+def _gather_backward(ctx, drows: Tensor):
+    return _gather_backward_op(drows, *ctx.saved_tensors, ctx.widths), None, None, None
+
+
+_gather_backward_op = Operator(
+    f"gather_backward(Tensor drows, {_ROUTING}) -> Tensor",
+    lambda drows, *routing: scatter_fwd(drows, None, _whole(*routing)),
+    lambda drows, topk_ids, *_: drows.new_empty(topk_ids.shape[0], drows.shape[1]),
+)
+_gather_op = Operator(
+    f"gather(Tensor x, {_ROUTING}) -> Tensor",
+    lambda x, *routing: gather_fwd(x, None, _whole(*routing)),
+    lambda x, topk_ids, *_: x.new_empty(topk_ids.numel(), x.shape[1]),
+    _gather_setup,
+    _gather_backward,
+)
 
 
 def gather(x: Tensor, *, routing: Routing) -> Tensor:
-    return _Gather.apply(x, routing)  # type: ignore[return-value]
+    return _gather_op(x, *_apart(routing))
+
+
+# scatter
+
+
+def _scatter_setup(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.widths = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _scatter_backward(ctx, dout: Tensor):
+    dy, dweights = _scatter_backward_op(dout, *ctx.saved_tensors, ctx.widths)
+    need_y, need_weights = ctx.needs_input_grad[:2]
+    return dy if need_y else None, dweights if need_weights else None, None, None, None
+
+
+def _scatter_backward_impl(dout: Tensor, y: Tensor, topk_weights: Tensor, *routing) -> tuple[Tensor, Tensor]:
+    whole = _whole(*routing)
+    return gather_fwd(dout, topk_weights, whole), scatter_bwd_weights(dout, y, whole, topk_weights.dtype)
+
+
+_scatter_backward_op = Operator(
+    f"scatter_backward(Tensor dout, Tensor y, Tensor topk_weights, {_ROUTING}) -> (Tensor, Tensor)",
+    _scatter_backward_impl,
+    lambda dout, y, topk_weights, *_: (y.new_empty(y.shape), topk_weights.new_empty(topk_weights.shape)),
+)
+_scatter_op = Operator(
+    f"scatter(Tensor y, Tensor topk_weights, {_ROUTING}) -> Tensor",
+    lambda y, topk_weights, *routing: scatter_fwd(y, topk_weights, _whole(*routing)),
+    lambda y, topk_weights, *_: y.new_empty(topk_weights.shape[0], y.shape[1]),
+    _scatter_setup,
+    _scatter_backward,
+)
 
 
 def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
-    return _Scatter.apply(y, topk_weights, routing)  # type: ignore[return-value]
+    return _scatter_op(y, topk_weights, *_apart(routing))
+
+
+# grouped_gemm_up
+
+
+def _up(
+    x: Tensor, w1: Tensor, w3: Tensor | None, topk_ids: Tensor, packed: Tensor, widths: Sequence[int], activation: str
+) -> tuple[Tensor, Tensor]:
+    routing = _whole(topk_ids, packed, widths)
+    out = x.new_zeros(routing.ragged_numel())
+    pre = x.new_empty(routing.ragged_numel(1 if w3 is None else 2))
+    grouped_gemm_up_fwd(x, w1, w3, out, pre, routing, activation)
+    return out, pre
+
+
+def _up_fake(
+    x: Tensor, w1: Tensor, w3: Tensor | None, topk_ids: Tensor, packed: Tensor, widths: Sequence[int], activation: str
+) -> tuple[Tensor, Tensor]:
+    size = ragged_numel(topk_ids.numel(), layout_of(tuple(widths)))
+    return x.new_empty(size), x.new_empty(size if w3 is None else 2 * size)
+
+
+def _up_setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.widths, ctx.activation = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _up_backward(ctx, dout: Tensor, _):
+    needs = ctx.needs_input_grad[:3]
+    grads = iter(_up_backward_op(dout, *ctx.saved_tensors, needs, ctx.widths, ctx.activation))
+    return *(next(grads) if needed else None for needed in needs), None, None, None, None
+
+
+def _up_backward_impl(
+    dout: Tensor, x: Tensor, w1: Tensor, w3: Tensor | None, topk_ids: Tensor, packed: Tensor, pre: Tensor,
+    needs: Sequence[bool], widths: Sequence[int], activation: str,
+) -> list[Tensor]:  # fmt: skip
+    """-> those of dx, dw1 and dw3 that are needed."""
+    routing = _whole(topk_ids, packed, widths)
+    dpre = activation_bwd(pre, dout, routing, activation)
+    dx = dw1 = dw3 = None
+    if needs[1] or needs[2]:
+        dw1 = torch.empty_like(w1)
+        dw3 = None if w3 is None else torch.empty_like(w1)
+        grouped_gemm_dw(x, dpre, dw1, dw3, routing)
+    if needs[0]:
+        dx_rows = x.new_empty(routing.num_rows, x.shape[1])
+        grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)
+        dx = scatter_fwd(dx_rows, None, routing)
+    return [grad for grad, needed in zip((dx, dw1, dw3), needs, strict=True) if needed and grad is not None]
+
+
+def _up_backward_fake(dout: Tensor, x: Tensor, w1: Tensor, *rest) -> list[Tensor]:
+    needs = rest[4]
+    grads = (lambda: x.new_empty(x.shape), lambda: torch.empty_like(w1), lambda: torch.empty_like(w1))
+    return [grad() for grad, needed in zip(grads, needs, strict=True) if needed]
+
+
+_up_backward_op = Operator(
+    "grouped_gemm_up_backward(Tensor dout, Tensor x, Tensor w1, Tensor? w3, Tensor topk_ids, Tensor packed, "
+    "Tensor pre, bool[] needs, int[] widths, str activation) -> Tensor[]",
+    _up_backward_impl,
+    _up_backward_fake,
+)
+_up_op = Operator(
+    f"grouped_gemm_up(Tensor x, Tensor w1, Tensor? w3, {_ROUTING}, str activation) -> (Tensor, Tensor)",
+    _up,
+    _up_fake,
+    _up_setup,
+    _up_backward,
+)
 
 
 def grouped_gemm_up(x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing, activation: str) -> Tensor:
-    return _GroupedGemmUp.apply(x, w1, w3, routing, activation)  # type: ignore[return-value]
+    return _up_op(x, w1, w3, *_apart(routing), activation)[0]
+
+
+# grouped_gemm_down
+
+
+def _down(x_up: Tensor, w2: Tensor, *routing) -> Tensor:
+    whole = _whole(*routing)
+    y = x_up.new_zeros(whole.num_rows, w2.shape[1])
+    grouped_gemm_down_fwd(x_up.contiguous(), w2, None, y, whole)
+    return y
+
+
+def _down_setup(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.widths = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _down_backward(ctx, dy: Tensor):
+    needs = ctx.needs_input_grad[:2]
+    grads = iter(_down_backward_op(dy, *ctx.saved_tensors, needs, ctx.widths))
+    return *(next(grads) if needed else None for needed in needs), None, None, None
+
+
+def _down_backward_impl(
+    dy: Tensor, x_up: Tensor, w2: Tensor, topk_ids: Tensor, packed: Tensor, needs: Sequence[bool],
+    widths: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """-> those of dx_up and dw2 that are needed."""
+    routing, grads = _whole(topk_ids, packed, widths), []
+    if needs[0]:
+        dx_up = x_up.new_zeros(x_up.shape)
+        grouped_gemm_up_fwd(dy, w2.t(), None, dx_up, None, routing, "none", gathered=False)
+        grads.append(dx_up)
+    if needs[1]:
+        dw2 = torch.empty_like(w2)
+        grouped_gemm_dw(dy, x_up.contiguous(), dw2.t(), None, routing, gathered=False)
+        grads.append(dw2)
+    return grads
+
+
+_down_backward_op = Operator(
+    "grouped_gemm_down_backward(Tensor dy, Tensor x_up, Tensor w2, Tensor topk_ids, Tensor packed, bool[] needs, "
+    "int[] widths) -> Tensor[]",
+    _down_backward_impl,
+    lambda dy, x_up, w2, topk_ids, packed, needs, widths: (
+        [x_up.new_empty(x_up.shape)] * needs[0] + [torch.empty_like(w2)] * needs[1]
+    ),
+)
+_down_op = Operator(
+    f"grouped_gemm_down(Tensor x_up, Tensor w2, {_ROUTING}) -> Tensor",
+    _down,
+    lambda x_up, w2, topk_ids, *_: x_up.new_empty(topk_ids.numel(), w2.shape[1]),
+    _down_setup,
+    _down_backward,
+)
 
 
 def grouped_gemm_down(x_up: Tensor, w2: Tensor, *, routing: Routing) -> Tensor:
-    return _GroupedGemmDown.apply(x_up, w2, routing)  # type: ignore[return-value]
+    return _down_op(x_up, w2, *_apart(routing))
