@@ -58,8 +58,8 @@ BAD = [
     ("b1", {"b1": W(6)}, "None, all that is supported so far, got Tensor"),
     ("b2", {"b2": W(3)}, "None, all that is supported so far, got Tensor"),
     ("b3", {"b3": W(6)}, "None, all that is supported so far, got Tensor"),
-    ("activation_memory", {"activation_memory": "exact"}, "'bounded', all that is supported so far, got 'exact'"),
-    ("recompute", {"recompute": True}, "False, all that is supported so far, got True"),
+    ("activation_memory", {"activation_memory": "little"}, "one of bounded, exact, got 'little'"),
+    ("recompute", {"recompute": 1}, "True or False, got int"),
 ]
 
 

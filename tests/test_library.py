@@ -9,6 +9,7 @@ from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.layout import ExpertLayout
 
 pytest.importorskip("triton")
+import triton_moe.ops.building_blocks
 import triton_moe.ops.moe_mlp
 import triton_moe.ops.router  # noqa: F401
 
@@ -42,9 +43,9 @@ def test_moe_mlp(activation: str, device: str) -> None:
     w3 = normal(H, S, device=device) if is_gated(activation) else None
     weights = torch.rand(T, K, device=device, requires_grad=True)
     arguments = (x, weights, ids(device), w1, w2, w3, LAYOUT.widths, activation)
-    opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, True))
+    opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, True))
     with torch.no_grad():
-        opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False))
+        opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, False))
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -53,3 +54,29 @@ def test_route_tokens(softmax: bool, with_bias: bool, device: str) -> None:
     x, weight = normal(T, H, device=device), normal(E, H, device=device)
     bias = normal(E, device=device, requires_grad=False) if with_bias else None
     opcheck(torch.ops.triton_moe.route_tokens.default, (x, weight, bias, LAYOUT.widths, K, softmax, True, with_bias))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_building_blocks(activation: str, device: str) -> None:
+    """Forward by way of each operator, and with it, its backward."""
+    from triton_moe import functional
+
+    operators = torch.ops.triton_moe
+    topk_ids = ids(device)
+    opcheck(operators.route.default, (topk_ids, LAYOUT.widths))
+    routing = functional.route(topk_ids, LAYOUT, backend="triton")
+    apart = (topk_ids, routing.packed, LAYOUT.widths)
+    x, w1, w2 = (normal(*shape, device=device) for shape in ((T, H), (H, S), (S, H)))
+    w3 = normal(H, S, device=device) if is_gated(activation) else None
+    opcheck(operators.gather.default, (x, *apart))
+    opcheck(operators.scatter.default, (normal(T * K, H, device=device), torch.rand(T, K, device=device), *apart))
+    opcheck(operators.grouped_gemm_up.default, (x, w1, w3, *apart, activation))
+    opcheck(operators.grouped_gemm_down.default, (normal(routing.ragged_numel(), device=device), w2, *apart))
+
+
+def test_every_operator_is_checked() -> None:
+    """Those with a backward are above, and opcheck runs their backward operators."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("triton_moe::")}
+    forward = {"route", "gather", "scatter", "grouped_gemm_up", "grouped_gemm_down", "moe_mlp", "route_tokens"}
+    backward = {f"{name}_backward" for name in forward - {"route"}}
+    assert names == {f"triton_moe::{name}" for name in forward | backward}

@@ -20,6 +20,7 @@ from triton_moe.activations import is_gated
 from triton_moe.layout import ExpertLayout, Routing
 
 BACKENDS = ("auto", "triton", "torch")
+ACTIVATION_MEMORY = ("bounded", "exact")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)
 
@@ -142,6 +143,10 @@ def check_router_input(
         _fail("num_active_experts", f"1 <= K <= E = {layout.num_experts}", num_active_experts)
 
 
+def _is_captured(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _check_reserved(**options: tuple[object, object]) -> None:
     """Each option's value and default: what is not supported yet must not be taken silently."""
     for name, (value, default) in options.items():
@@ -192,7 +197,10 @@ def moe_mlp(
         layout: the experts' widths and offsets.
         activation: one of `triton_moe.activations.ACTIVATIONS`.
         backend: "triton" (CUDA, compute capability 8.0 or later), "torch" (any device), or "auto": the first that can.
-        b1, b2, b3, activation_memory, recompute: reserved; anything but the default raises.
+        activation_memory: "bounded" sizes what is kept for backward by the widest expert, from what the host knows;
+            "exact" by the routing, for which it reads one number back, not while a CUDA graph is captured.
+        recompute: keep x and the routing alone, and compute the pre-activation once more in backward.
+        b1, b2, b3: reserved; anything but None raises.
 
     Returns:
         x's shape and dtype; under autocast its dtype, to which x and the weights are cast first, as by nn.Linear.
@@ -203,7 +211,9 @@ def moe_mlp(
         ValueError: an argument of the wrong shape, dtype, device or value.
     """
     _check_reserved(b1=(b1, None), b2=(b2, None), b3=(b3, None))
-    _check_reserved(activation_memory=(activation_memory, "bounded"), recompute=(recompute, False))
+    if activation_memory not in ACTIVATION_MEMORY:
+        _fail("activation_memory", f"one of {', '.join(ACTIVATION_MEMORY)}", repr(activation_memory))
+    _check_type(recompute, bool, "recompute", "True or False")
     _check_type(layout, ExpertLayout, "layout", "an ExpertLayout")
     gated = is_gated(activation)
     _check_type(x, Tensor, "x", "a tensor")
@@ -222,11 +232,13 @@ def moe_mlp(
     if topk_ids.shape[0] != num_tokens:
         _fail("topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
     if runs_kernels(x.device, x.dtype, backend):
+        if activation_memory == "exact" and _is_captured(x):
+            _fail("activation_memory", "'bounded' while a CUDA graph is captured", "'exact'")
         from triton_moe.ops.moe_mlp import moe_mlp as run
     else:
         run = torch_backend.moe_mlp
     tokens = x if x.dim() == 2 else x.reshape(num_tokens, hidden_size)
-    out = run(tokens, topk_weights, topk_ids, w1, w2, w3, layout, activation)
+    out = run(tokens, topk_weights, topk_ids, w1, w2, w3, layout, activation, activation_memory, recompute)
     return out if x.dim() == 2 else out.view(x.shape)
 
 

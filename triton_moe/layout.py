@@ -120,6 +120,16 @@ class ExpertLayout:
         """The expert's columns in w1 and w3, its rows in w2."""
         return slice(self.offsets[expert], self.offsets[expert] + self.widths[expert])
 
+    def split(self, packed: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Each expert's matrix as a view of packed weights (or their gradient): w1 and w3 along dim 1, w2 along dim 0.
+
+        For optimizers that work on matrices, as Muon does: on the packed weights it would mix the experts. Raises
+        ValueError if the dimension is not S long.
+        """
+        if not -packed.dim() <= dim < packed.dim() or packed.shape[dim] != self.total_width:
+            raise ValueError(f"packed: expected {self.total_width} along dim {dim}, got shape {tuple(packed.shape)}")
+        return packed.split(self.widths, dim)
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -188,6 +198,10 @@ class Routing:
     def ragged_numel(self, parts: int = 1) -> int:
         """Elements of a ragged buffer, from what the host knows: `R * max width` and the rounding of each start."""
         return parts * ragged_numel(self.num_rows, self.layout)
+
+    def read_ragged_numel(self) -> int:
+        """Elements that a ragged buffer needs for this very routing. Reads one number back from the device."""
+        return int(self.ragged_offsets[self.layout.num_experts])
 
     def ragged_block(self, buffer: Tensor, expert: int, parts: int = 1) -> Tensor:
         """Expert's `(n_e, parts * I_e)` view of a ragged buffer. Reads two numbers back from the device."""

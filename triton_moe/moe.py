@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
-from triton_moe.functional import BACKENDS, matmul_dtype, moe_mlp
+from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype, moe_mlp
 from triton_moe.layout import ExpertLayout
 from triton_moe.router import ROUTERS, route_tokens
 
@@ -52,6 +52,10 @@ class MoEConfig:
     """Whether the auxiliary losses and the logits' statistics are computed; if not, zeros stand in their places."""
     backend: str = "auto"
     """One of `triton_moe.functional.BACKENDS`."""
+    activation_memory: str = "bounded"
+    """One of `triton_moe.functional.ACTIVATION_MEMORY`; see `moe_mlp`."""
+    recompute: bool = False
+    """Whether backward computes the pre-activation once more instead of keeping it."""
     n_embd: InitVar[int | None] = None
     """Another name for `hidden_size`, when building only: read `hidden_size`."""
 
@@ -80,6 +84,8 @@ class MoEConfig:
         _check_choice(self.normalize_weights, "normalize_weights", (True, False))
         _check_choice(self.aux_losses, "aux_losses", (True, False))
         _check_choice(self.backend, "backend", BACKENDS)
+        _check_choice(self.activation_memory, "activation_memory", ACTIVATION_MEMORY)
+        _check_choice(self.recompute, "recompute", (True, False))
 
     @cached_property
     def layout(self) -> ExpertLayout:
@@ -175,6 +181,8 @@ class MoEMLP(nn.Module):
             layout=self.layout,
             activation=config.activation,
             backend=config.backend,
+            activation_memory=config.activation_memory,
+            recompute=config.recompute,
         )
         aux = {name: getattr(routed, name) for name in AUX}
         return out if x.dim() == 2 else out.view(x.shape), aux, routed.f.to(x.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from triton_moe.activations import GATE_ACTIVATION
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
@@ -112,9 +113,12 @@ def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
 
 def moe_mlp(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout,
-    activation: str,
+    activation: str, activation_memory: str, recompute: bool,
 ) -> Tensor:  # fmt: skip
-    """The whole layer on `x (T, H)`: route, up, down, scatter."""
+    """The whole layer on `x (T, H)`: route, up, down, scatter. Its memory is exact in either case."""
+    if recompute and torch.is_grad_enabled():
+        operands = (x, topk_weights, topk_ids, w1, w2, w3, layout, activation, activation_memory, False)
+        return checkpoint(moe_mlp, *operands, use_reentrant=False, preserve_rng_state=False)  # type: ignore
     routing = route(topk_ids, layout)
     x_up = grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
     return scatter(grouped_gemm_down(x_up, w2, routing=routing), topk_weights, routing=routing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,10 +92,18 @@ def layout_tables(layout: ExpertLayout, device: torch.device) -> LayoutTables:
     rank = [0] * layout.num_experts
     for place, expert in enumerate(by_width):
         rank[expert] = place
-    with torch.inference_mode(False):
-        # Waits for the copy, once a layout: the next call may be on another stream.
-        widths, offsets, width_rank = torch.tensor([layout.widths, layout.offsets, rank], dtype=torch.int32).to(device)
+    widths, offsets, width_rank = on_device((layout.widths, layout.offsets, rank), torch.int32, device)
     return LayoutTables(widths, offsets, width_rank, math.gcd(16, *layout.widths))
+
+
+def on_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Tables of constants. Waits for the copies, once a layout: the next call may be on another stream."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the layout's tables are not on the device yet: call the layer once before a CUDA graph is captured"
+        )
+    with torch.inference_mode(False):
+        return [torch.tensor(row, dtype=dtype).to(device) for row in rows]
 
 
 def cdiv(numerator: int, denominator: int) -> int:

@@ -162,19 +162,18 @@ def _dh_launchers(
 
 
 def grouped_gemm_dh(
-    dout: Tensor, w2: Tensor, pre: Tensor, topk_weights: Tensor, routing: Routing, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, w2: Tensor, pre: Tensor, topk_weights: Tensor, routing: Routing, activation: str, dpre: Tensor
+) -> tuple[Tensor, Tensor]:
     """`dout (T, H)`, `w2 (S, H)`, pre-activation (ragged), `topk_weights (T, K)` -> three gradients.
 
-    Returns the gradient of the pre-activation (ragged, as `pre`), the weighted activation (ragged, one part) and the
-    gradient of the routing weights `(T, K)` in their dtype.
+    That of the pre-activation goes to `dpre` (ragged, as `pre`, which it may be). Returns the weighted activation
+    (ragged, one part) and the gradient of the routing weights `(T, K)` in their dtype.
     """
     dout, hidden_size, num_slots = rows_contiguous(dout), dout.shape[1], routing.num_rows
     launch, launch_sum, tables, num_tiles_n = _dh_launchers(
         routing.layout, hidden_size, pre.dtype, pre.device, is_gated(activation), TOP_K=routing.top_k,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype),
     )  # fmt: skip
-    dpre = torch.empty_like(pre)
     act_weighted = pre.new_empty(pre.numel() // 2 if is_gated(activation) else pre.numel())
     partial = torch.empty(num_slots * num_tiles_n, dtype=torch.float32, device=pre.device)
     dweights = torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=pre.device)
@@ -187,7 +186,7 @@ def grouped_gemm_dh(
         (cdiv(num_slots, _SLOTS),), partial, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths,
         dweights, num_slots, num_tiles_n,
     )  # fmt: skip
-    return dpre, act_weighted, dweights
+    return act_weighted, dweights
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import cdiv
+from triton_moe.kernels.config import cdiv, on_device
 from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import ExpertLayout
 
@@ -235,8 +235,7 @@ def _launchers(
         [rivals / max(num_classes, 1) for rivals in layout.num_rivals],
         [width * num_experts / layout.total_width for width in layout.widths],
     )
-    with torch.inference_mode(False):
-        balance_scale, compute_scale = (torch.tensor(scale, dtype=torch.float32).to(device) for scale in scales)
+    balance_scale, compute_scale = on_device(scales, torch.float32, device)
     return _Launchers(
         Launcher(
             router_fwd_kernel, **shared, RANKS=triton.next_power_of_2(top_k), **choice, AUX=aux, TOKENS=tokens

@@ -5,7 +5,6 @@ As operators they take a routing apart: ids, packed tensor, widths.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +18,8 @@ from triton_moe.kernels.route import packed_numel, trimmed, unpack
 from triton_moe.kernels.route import route as route_fwd
 from triton_moe.kernels.scatter import scatter_bwd_weights, scatter_fwd
 from triton_moe.layout import ExpertLayout, Routing, ragged_numel
-from triton_moe.ops.library import Operator
+from triton_moe.ops.library import Operator, layout_of
 
-layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
 _ROUTING = "Tensor topk_ids, Tensor packed, int[] widths"
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from triton_moe.layout import ExpertLayout
 from triton_moe.ops.first_order import first_order
 
-Tensors = tuple[Tensor, ...]
+layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
+"""The layout of a tuple of widths, as operators take it apart."""
 
 
 class Operator:
@@ -45,7 +48,8 @@ class Operator:
             self.function = _eager_function(name, forward, setup_context, backward)
         self.overload = getattr(torch.ops.triton_moe, name).default
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **eager_options: Any) -> Any:
+        """The results. `eager_options` reach `forward` in eager calls alone, which may mutate."""
         traced, needs_grad = torch.compiler.is_compiling(), False
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -55,7 +59,12 @@ class Operator:
             return self.overload(*arguments)
         if needs_grad and self.function is not None and torch.is_grad_enabled():
             return self.function.apply(*arguments)
-        return self.forward(*arguments)
+        return self.forward(*arguments, **eager_options)
+
+
+def is_eager(ctx: Any) -> bool:
+    """Whether a backward's forward was an eager call, whose results nobody else has."""
+    return getattr(ctx, "is_eager", False)
 
 
 def _eager_function(
@@ -66,6 +75,7 @@ def _eager_function(
 
     def forward_and_save(ctx: Any, *arguments: Any) -> Any:
         output = forward(*arguments)
+        ctx.is_eager = True
         if setup_context is not None:
             setup_context(ctx, arguments, output)
         return output

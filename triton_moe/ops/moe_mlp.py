@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,19 +12,23 @@ from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import packed_numel, route, unpack
 from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import ExpertLayout, ragged_numel
-from triton_moe.ops.library import Operator
+from triton_moe.ops.library import Operator, is_eager, layout_of
 
-layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
+
+def _parts(w3: Tensor | None) -> int:
+    """Values of a pre-activation for each of an activation."""
+    return 1 if w3 is None else 2
 
 
 def _forward(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    widths: Sequence[int], activation: str, keep_pre: bool,
+    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> output `(T, H)`, the pre-activation (ragged; empty unless kept), the packed routing."""
     routing = route(topk_ids, layout_of(tuple(widths)))
-    pre = x.new_empty(routing.ragged_numel(1 if w3 is None else 2)) if keep_pre else None
-    act = x.new_empty(routing.ragged_numel())
+    size = routing.read_ragged_numel() if exact else routing.ragged_numel()
+    pre = x.new_empty(_parts(w3) * size) if keep_pre else None
+    act = x.new_empty(size)
     grouped_gemm_up_fwd(x, w1, w3, act, pre, routing, activation)
     y = x.new_empty(routing.num_rows, x.shape[1])
     grouped_gemm_down_fwd(act, w2, None, y, routing)
@@ -36,25 +39,36 @@ def _forward(
 
 def _forward_fake(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    widths: Sequence[int], activation: str, keep_pre: bool,
+    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout, num_rows = layout_of(tuple(widths)), topk_ids.numel()
-    parts = 0 if not keep_pre else 1 if w3 is None else 2
+    size = _parts(w3) * ragged_numel(num_rows, layout)
+    if exact:
+        size = torch.library.get_ctx().new_dynamic_size(min=0)
     return (
         x.new_empty(x.shape),
-        x.new_empty(parts * ragged_numel(num_rows, layout)),
+        x.new_empty(size if keep_pre else 0),
         x.new_empty(packed_numel(num_rows, layout), dtype=torch.int32),
     )
 
 
 def _backward_impl(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    pre: Tensor, packed: Tensor, needs: Sequence[bool], widths: Sequence[int], activation: str,
+    pre: Tensor, packed: Tensor, needs: Sequence[bool], widths: Sequence[int], activation: str, exact: bool,
+    keep_pre: bool, overwrite_pre: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """-> those of dx, dweights, dw1, dw2 and dw3 that are needed."""
+    """-> those of dx, dweights, dw1, dw2 and dw3 that are needed. Unless it was kept, pre is computed once more.
+
+    With `overwrite_pre` its gradient takes its place: a fifth less memory at the peak, and nothing left for a second
+    backward.
+    """
     routing = unpack(packed, topk_ids, layout_of(tuple(widths)))
+    if not keep_pre:
+        pre = x.new_empty(_parts(w3) * (routing.read_ragged_numel() if exact else routing.ragged_numel()))
+        grouped_gemm_up_fwd(x, w1, w3, None, pre, routing, activation)
     need_x, _, need_w1, need_w2, need_w3 = needs
-    dpre, act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation)
+    dpre = pre if overwrite_pre or not keep_pre else torch.empty_like(pre)
+    act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre)
     dx = dw1 = dw2 = dw3 = None
     if need_w2:
         dw2 = torch.empty_like(w2)
@@ -75,7 +89,7 @@ def _backward_impl(
 
 def _backward_fake(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    pre: Tensor, packed: Tensor, needs: Sequence[bool], widths: Sequence[int], activation: str,
+    pre: Tensor, packed: Tensor, needs: Sequence[bool], *_,
 ) -> list[Tensor]:  # fmt: skip
     grads = (
         lambda: x.new_empty(x.shape),
@@ -89,31 +103,36 @@ def _backward_fake(
 
 _moe_mlp_backward = Operator(
     "moe_mlp_backward(Tensor dout, Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, "
-    "Tensor pre, Tensor packed, bool[] needs, int[] widths, str activation) -> Tensor[]",
+    "Tensor pre, Tensor packed, bool[] needs, int[] widths, str activation, bool exact, bool keep_pre) -> Tensor[]",
     _backward_impl,
     _backward_fake,
 )
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *operands, ctx.widths, ctx.activation, _ = inputs
+    *operands, ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre = inputs
     _, pre, packed = output
+    ctx.overwritten = False
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(pre, packed)
     ctx.save_for_backward(*operands, pre, packed)
 
 
 def _backward(ctx, dout, _dpre, _dpacked):
+    """The first one overwrites the pre-activation, another (`retain_graph=True`) computes it anew."""
+    overwrite_pre = is_eager(ctx)
     x, weights, _, w1, w2, w3 = ctx.needs_input_grad[:6]
     needs = (x, weights, w1, w2, w3)
-    grads = iter(_moe_mlp_backward(dout, *ctx.saved_tensors, needs, ctx.widths, ctx.activation))
+    options = ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre and not ctx.overwritten
+    ctx.overwritten = overwrite_pre
+    grads = iter(_moe_mlp_backward(dout, *ctx.saved_tensors, needs, *options, overwrite_pre=overwrite_pre))
     dx, dweights, dw1, dw2, dw3 = (next(grads) if needed else None for needed in needs)
-    return dx, dweights, None, dw1, dw2, dw3, None, None, None
+    return dx, dweights, None, dw1, dw2, dw3, *(None,) * 4
 
 
 _moe_mlp = Operator(
     "moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, int[] widths, "
-    "str activation, bool keep_pre) -> (Tensor, Tensor, Tensor)",
+    "str activation, bool exact, bool keep_pre) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _setup_context,
@@ -123,9 +142,10 @@ _moe_mlp = Operator(
 
 def moe_mlp(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout,
-    activation: str,
+    activation: str, activation_memory: str, recompute: bool,
 ) -> Tensor:  # fmt: skip
     """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)`."""
     operands = (x, topk_weights, w1, w2, w3)
-    keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    return _moe_mlp(x, topk_weights, topk_ids, w1, w2, w3, layout.widths, activation, keep_pre)[0]
+    keep_pre = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    exact = activation_memory == "exact"
+    return _moe_mlp(x, topk_weights, topk_ids, w1, w2, w3, layout.widths, activation, exact, keep_pre)[0]

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from triton_moe.kernels.router import RouterOptions, router_bwd, router_fwd
 from triton_moe.layout import ExpertLayout
-from triton_moe.ops.library import Operator
+from triton_moe.ops.library import Operator, layout_of
 
 _OPTIONS = "int[] widths, int num_active_experts, bool softmax, bool normalize_weights, bool aux_losses"
 
 
 @functools.lru_cache(maxsize=256)
 def _options(widths: tuple[int, ...], num_active_experts: int, *flags: bool) -> RouterOptions:
-    return RouterOptions(ExpertLayout(widths), num_active_experts, *flags)
+    return RouterOptions(layout_of(widths), num_active_experts, *flags)
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:

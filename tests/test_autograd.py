@@ -1,0 +1,182 @@
+"""The layer among PyTorch's other features: checkpointing, frozen weights, retained graphs, memory options."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from operators import inputs_for
+from triton_moe import ExpertLayout, MoEConfig, MoEMLP, moe_mlp
+from triton_moe.testing import Case, run
+
+pytest.importorskip("triton")
+
+CASE = Case(50, 32, (16, 24, 0, 40), 2, "swiglu", reason="the usual")
+KEPT = {"x": 1, "topk_weights": 1, "w1": 1, "w2": 1, "w3": 1}
+
+
+def layer_on(device: str, **changes: Any) -> MoEMLP:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"activation": "swiglu", "backend": "triton", **changes}
+    return MoEMLP(MoEConfig([(2, 16), (1, 5), (2, 40)], 2, 32, **options), device=device)
+
+
+def kernels(*args: Any, **kwargs: Any) -> Tensor:
+    return moe_mlp(*args, backend="triton", **kwargs)
+
+
+@pytest.mark.parametrize("options", [{"activation_memory": "exact"}, {"recompute": True},
+                                     {"activation_memory": "exact", "recompute": True}])  # fmt: skip
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_memory_options_change_no_bit(options: dict[str, Any], backend: str, device: str) -> None:
+    inputs = inputs_for(CASE, torch.float32, device)
+    expected = run(moe_mlp, inputs, backend=backend)
+    actual = run(moe_mlp, inputs, backend=backend, **options)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def saved_bytes(layer: MoEMLP, x: Tensor) -> int:
+    """Of distinct storages that autograd keeps, parameters apart."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    for parameter in layer.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(saved.values())
+
+
+def test_what_is_saved(device: str) -> None:
+    """x and the exact pre-activation, within 5%, and 20 bytes a row; with recompute, x and those; the router's logits
+    beside them."""
+    T, K, H = 512, 2, 32
+    x = torch.randn(T, H, device=device, requires_grad=True)
+    layer = layer_on(device, activation_memory="exact", aux_losses=False)
+    _, _, f = layer(x)
+    rows = (f * T * K).round().tolist()
+    pre = sum(2 * n * width for n, width in zip(rows, layer.layout.widths, strict=True))
+    element, router = 4, 4 * T * layer.layout.num_experts
+    assert saved_bytes(layer, x) <= 1.05 * element * (T * H + pre) + 20 * T * K + router
+    layer = layer_on(device, recompute=True, aux_losses=False)
+    assert saved_bytes(layer, x) <= element * T * H + 20 * T * K + router + 2048
+
+
+def test_a_retained_graph_gives_the_same_gradients_again(device: str) -> None:
+    """Although the first backward overwrites the pre-activation."""
+    inputs = inputs_for(CASE, torch.float32, device)
+    leaves = [getattr(inputs, name).clone().requires_grad_() for name in ("x", "topk_weights", "w1", "w2", "w3")]
+    x, weights, *experts = leaves
+    out = kernels(x, weights, inputs.topk_ids, *experts, layout=inputs.layout, activation="swiglu")
+    first = torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
+    for again in range(2):
+        second = torch.autograd.grad(out, leaves, inputs.dout, retain_graph=again == 0)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant: bool, device: str) -> None:
+    layer = layer_on(device)
+    x = torch.randn(40, 32, device=device)
+    results = []
+
+    def run_layer(x: Tensor) -> tuple[Tensor, Tensor]:
+        out, aux, _ = layer(x)
+        return out, aux["load_balance_loss"]  # the reentrant kind sees no tensors inside a dict
+
+    for wrap in (False, True):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out, loss = checkpoint(run_layer, leaf, use_reentrant=use_reentrant) if wrap else run_layer(leaf)  # type: ignore[misc]
+        (out.square().sum() + loss).backward()
+        results.append([leaf.grad, *(p.grad.clone() for p in layer.parameters())])  # type: ignore[union-attr]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_frozen_experts_cost_no_weight_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton_moe.ops import moe_mlp as operator
+
+    calls = []
+    dw = operator.grouped_gemm_dw
+    monkeypatch.setattr(operator, "grouped_gemm_dw", lambda *args: (calls.append(1), dw(*args)))
+    layer = layer_on(device)
+    x = torch.randn(40, 32, device=device, requires_grad=True)
+    layer(x)[0].sum().backward()
+    assert len(calls) == 2
+    expected, x.grad = x.grad, None
+    layer.zero_grad()
+    for weight in (layer.w1, layer.w2, layer.w3):
+        assert weight is not None
+        weight.requires_grad_(False)
+    layer(x)[0].sum().backward()
+    assert len(calls) == 2
+    assert layer.router.weight.grad is not None
+    assert layer.w1.grad is None
+    assert expected is not None
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_keeps_nothing_and_training_may_follow(mode: Any, device: str) -> None:
+    layer, x = layer_on(device), torch.randn(40, 32, device=device)
+    with mode():
+        out, _, _ = layer(x)
+    trained, _, _ = layer(x)
+    assert torch.equal(out, trained)
+    trained.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_swapped_storage_is_seen(device: str) -> None:
+    """Nothing keeps a pointer from one call to the next."""
+    layer, other, x = layer_on(device), layer_on(device), torch.randn(40, 32, device=device)
+    layer(x)
+    with torch.no_grad():
+        for mine, new in zip(layer.parameters(), other.parameters(), strict=True):
+            new.normal_()
+            mine.data = new.detach().clone()
+    assert torch.equal(layer(x)[0], other(x)[0])
+
+
+def test_gradients_accumulate_into_fp32(device: str) -> None:
+    layer = layer_on(device).half()
+    buffers = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight in layer.parameters()}
+
+    def accumulate(weight: Tensor) -> None:
+        assert weight.grad is not None
+        buffers[id(weight)].add_(weight.grad)
+        weight.grad = None
+
+    single = []
+    x = torch.randn(2, 20, 32, device=device).half()
+    for part in x:
+        layer(part)[0].float().square().mean().backward()
+        single.append([parameter.grad.float() for parameter in layer.parameters()])  # type: ignore[union-attr]
+        layer.zero_grad()
+    for parameter in layer.parameters():
+        parameter.register_post_accumulate_grad_hook(accumulate)
+    for part in x:
+        layer(part)[0].float().square().mean().backward()
+    for parameter, first, second in zip(layer.parameters(), *single, strict=True):
+        assert torch.equal(buffers[id(parameter)], first + second)
+
+
+def test_split_gives_each_experts_own_matrix() -> None:
+    layer = layer_on("cpu")
+    views = layer.layout.split(layer.w1.detach(), dim=1), layer.layout.split(layer.w2.detach(), dim=0)
+    for e in range(layer.layout.num_experts):
+        columns = layer.layout.columns(e)
+        assert torch.equal(views[0][e], layer.w1[:, columns])
+        assert torch.equal(views[1][e], layer.w2[columns])
+    views[0][2].zero_()
+    assert not layer.w1[:, layer.layout.columns(2)].any()
+    with pytest.raises(ValueError, match=r"packed: expected 117 along dim 0, got shape \(32, 117\)"):
+        layer.layout.split(layer.w1, dim=0)
+    with pytest.raises(ValueError, match=r"packed: expected 8 along dim 2"):
+        ExpertLayout((8,)).split(layer.w1, dim=2)

@@ -1,0 +1,127 @@
+"""CUDA graphs: captured once, replayed with new tokens that go to other experts."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from triton_moe import MoEConfig, MoEMLP
+
+pytestmark = pytest.mark.gpu
+
+T, H = 300, 64
+LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+
+
+def make_layer(**changes: object) -> MoEMLP:
+    torch.manual_seed(0)
+    options = {"activation": "swiglu", **changes}
+    config = MoEConfig([(4, 64), (2, 24), (1, 0)], 2, H, **options)  # type: ignore[arg-type]
+    return MoEMLP(config, device="cuda", dtype=torch.bfloat16)
+
+
+def tokens(seed: int) -> Tensor:
+    return torch.randn(T, H, generator=torch.Generator("cuda").manual_seed(seed), device="cuda", dtype=torch.bfloat16)
+
+
+def step(layer: Callable, x: Tensor, dout: Tensor) -> Tensor:
+    """Into gradients that add up, unless they are None."""
+    out, aux, _ = layer(x)
+    one = torch.ones((), device="cuda")
+    torch.autograd.backward((out, *(aux[name] for name in LOSSES)), (dout, one, one, one))
+    return out.detach()
+
+
+def clear(layer: MoEMLP, x: Tensor) -> None:
+    layer.zero_grad()
+    x.grad = None
+
+
+def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Warm, on a stream of its own, as PyTorch asks."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+def test_forward() -> None:
+    layer, x = make_layer(), tokens(0)
+    with torch.no_grad():
+        graph, out = captured(lambda: layer(x)[0])
+        for seed in (1, 2):
+            x.copy_(tokens(seed))
+            graph.replay()
+            assert torch.equal(out, layer(tokens(seed))[0])
+    assert not torch.equal(layer(tokens(1))[0], layer(tokens(2))[0])
+
+
+def test_forward_and_backward() -> None:
+    layer, x, dout = make_layer(), tokens(0).requires_grad_(), tokens(100)
+
+    def whole() -> Tensor:
+        clear(layer, x)
+        return step(layer, x, dout)
+
+    graph, out = captured(whole)
+    leaves = (x, *layer.parameters())
+    grads = [leaf.grad for leaf in leaves]
+    for seed in (1, 2):
+        with torch.no_grad():
+            x.copy_(tokens(seed))
+        graph.replay()
+        fresh = tokens(seed).requires_grad_()
+        found = [grad.clone() for grad in grads if grad is not None]
+        for leaf in leaves:
+            leaf.grad = None
+        expected = step(layer, fresh, dout)
+        assert torch.equal(out, expected)
+        for actual, leaf in zip(found, (fresh, *layer.parameters()), strict=True):
+            assert leaf.grad is not None
+            assert torch.equal(actual, leaf.grad)
+
+
+def test_reduce_overhead() -> None:
+    """torch.compile's own graphs."""
+    torch.compiler.reset()
+    layer, dout = make_layer(), tokens(100)
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):
+        results = []
+        for call in (layer, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            x = tokens(seed).requires_grad_()
+            layer.zero_grad()
+            out = step(call, x, dout).clone()
+            results.append([out, *(leaf.grad.clone() for leaf in (x, *layer.parameters()))])  # type: ignore[union-attr]
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_exact_memory_is_refused_while_capturing() -> None:
+    layer, x = make_layer(activation_memory="exact"), tokens(0)
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    message = "activation_memory: expected 'bounded' while a CUDA graph is captured"
+    with pytest.raises(ValueError, match=message), torch.cuda.graph(graph):
+        layer(x)
+    torch.cuda.synchronize()
+
+
+def test_a_new_layout_is_refused_while_capturing() -> None:
+    """Its tables have to be copied to the device first."""
+    make_layer()(tokens(0))
+    other = MoEMLP(MoEConfig([(3, 40), (2, 24)], 2, H), device="cuda", dtype=torch.bfloat16)
+    graph, x = torch.cuda.CUDAGraph(), tokens(0)
+    message = "call the layer once before a CUDA graph is captured"
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph):
+        other(x)
+    torch.cuda.synchronize()
+    assert other(x)[0].isfinite().all()

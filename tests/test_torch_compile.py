@@ -1,0 +1,111 @@
+"""The layer under torch.compile and torch.export: one graph, one compilation, the results of eager."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from triton_moe import MoEConfig, MoEMLP
+from triton_moe.testing import assert_within_budget
+from triton_moe.train.config import TrainConfig
+from triton_moe.train.gpt import GPT
+
+pytest.importorskip("triton")
+
+H = 32
+SIZES = [(2, 16), (1, 5), (2, 40), (1, 0)]
+LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+NATIVE = torch.cuda.is_available()
+# Inductor on a GPU; here what it is given, which the interpreter runs.
+COMPILER = "inductor" if NATIVE else "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+
+
+def layer_on(device: str, **changes: object) -> MoEMLP:
+    torch.manual_seed(0)
+    options = {"activation": "swiglu", "backend": "triton", **changes}
+    return MoEMLP(MoEConfig(SIZES, 2, H, **options), device=device)  # type: ignore[arg-type]
+
+
+def step(layer: nn.Module, call: Callable, x: Tensor) -> dict[str, Tensor]:
+    """Results and gradients."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    out, aux, f = call(x)
+    (out.square().sum() + sum(aux[name] for name in LOSSES)).backward()
+    assert x.grad is not None
+    grads = {f"d{name}": p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "f": f, **aux, "dx": x.grad, **grads}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Up to the order in which a sum of two gradients is rounded."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert_within_budget(
+            value.detach(), expected[name].double().detach(), expected[name].detach(), eps_dtype=value.dtype, name=name
+        )
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"activation": "gelu", "aux_losses": False}])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph(dynamic: bool, changes: dict, device: str) -> None:
+    layer = layer_on(device, **changes)
+    compiled = torch.compile(layer, backend=COMPILER, fullgraph=True, dynamic=dynamic)
+    x = torch.randn(9, H, device=device)
+    assert_same(step(layer, compiled, x), step(layer, layer, x))
+
+
+def test_a_new_batch_size_compiles_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_on(device)
+    compiled = torch.compile(layer, backend=COMPILER, fullgraph=True, dynamic=True)
+    step(layer, compiled, torch.randn(9, H, device=device))
+    monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
+    for num_tokens in (30, 7, 200):
+        x = torch.randn(num_tokens, H, device=device)
+        assert_same(step(layer, compiled, x), step(layer, layer, x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_gpt_is_one_graph(dynamic: bool, device: str) -> None:
+    torch.manual_seed(0)
+    config = TrainConfig(
+        expert_sizes=((2, 16), (1, 24)), hidden_size=32, num_layers=2, num_heads=2, context=8, backend="triton"
+    )
+    model = GPT(config).to(device)
+    compiled = torch.compile(model, backend=COMPILER, fullgraph=True, dynamic=dynamic)
+    text = torch.randint(0, 256, (3, 8), device=device)
+    results = []
+    for call in (model, compiled):
+        model.zero_grad()
+        out = call(text)
+        (out.logits.square().mean() + out.load_balance_loss + out.router_z_loss).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"logits": out.logits.detach(), **grads})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_export_of_the_forward_pass(device: str) -> None:
+    layer = layer_on(device)
+    dynamic_shapes = {"x": {0: torch.export.Dim.DYNAMIC}}
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(9, H, device=device),), dynamic_shapes=dynamic_shapes)
+        x = torch.randn(17, H, device=device)
+        out, _, f = program.module()(x)
+        expected, _, expected_f = layer(x)
+    assert torch.equal(out, expected)
+    assert torch.equal(f, expected_f)
+
+
+def test_exact_memory_cannot_be_compiled_silently_wrong(device: str) -> None:
+    """Its sizes are read back: under torch.compile they are unbacked, and the results those of eager."""
+    layer = layer_on(device, activation_memory="exact")
+    compiled = torch.compile(layer, backend=COMPILER, fullgraph=True, dynamic=False)
+    x = torch.randn(9, H, device=device)
+    assert_same(step(layer, compiled, x), step(layer, layer, x))
