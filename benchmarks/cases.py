@@ -5,6 +5,7 @@ Letters as in `triton_moe.layout`.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ def _seed_case(name: str, top_k: int, sizes: Sizes, num_tokens: int = 4096, hidd
     return bench_case(name, num_tokens, hidden_size, sizes, top_k, "relu_squared")
 
 
+_RANDOM_WIDTHS = random.Random(0).choices(range(128, 513), k=220)
+
 GROUPS = {
     "seed": (
         _seed_case("8exp_uniform", 2, [(8, 512)]),
@@ -69,19 +72,32 @@ GROUPS = {
         bench_case("128x1024_top8_h4096", 32768, 4096, [(128, 1024)], 8, "swiglu"),
         bench_case("128exp_variable_top8", 24576, 1536, [(32, 512), (64, 256), (32, 128)], 8, "swiglu"),
     ),
+    "widths": (
+        bench_case("128x256", 24576, 1536, [(128, 256)], 8, "swiglu"),
+        bench_case("32x384_64x256_32x128", 24576, 1536, [(32, 384), (64, 256), (32, 128)], 8, "swiglu"),
+        bench_case("128x1024_h4096", 32768, 4096, [(128, 1024)], 8, "swiglu"),
+        bench_case("32x1536_64x1024_32x512_h4096", 32768, 4096, [(32, 1536), (64, 1024), (32, 512)], 8, "swiglu"),
+        bench_case("64x1536", 24576, 1536, [(64, 1536)], 2, "swiglu"),
+        bench_case("23_to_1", 24576, 1536, [(32, 2944), (32, 128)], 2, "swiglu"),
+        bench_case("120x512", 24576, 1536, [(120, 512)], 4, "swiglu"),
+        bench_case("9_to_23_times_32", 24576, 1536, [(8, 32 * n) for n in range(9, 24)], 4, "swiglu"),
+        bench_case("220x320", 24576, 1536, [(220, 320)], 8, "swiglu"),
+        bench_case("220_random", 24576, 1536, [(1, width) for width in _RANDOM_WIDTHS], 8, "swiglu"),
+    ),
     "quick": (
         bench_case("quick_uniform", 64, 32, [(4, 16)], 2, "relu_squared"),
         bench_case("quick_variable", 48, 32, [(2, 32), (2, 8)], 2, "swiglu"),
     ),
 }  # fmt: skip
-"""seed: the starting document's configurations; training: shapes of pretraining runs; quick: for a CPU, in seconds."""
+"""seed: the starting document's configurations; training: shapes of pretraining runs; widths: pairs of a uniform
+layout and one of other widths but about equal FLOPs; quick: for a CPU, in seconds."""
 
 CASES = {case.name: case for group in GROUPS.values() for case in group}
 
 
 def select(names: Sequence[str]) -> list[BenchCase]:
     """Cases by their names, by those of their groups, or all but the quick ones. ValueError on another name."""
-    groups = {**GROUPS, "all": (*GROUPS["seed"], *GROUPS["training"])}
+    groups = {**GROUPS, "all": (*GROUPS["seed"], *GROUPS["training"], *GROUPS["widths"])}
     chosen: dict[str, BenchCase] = {}
     for name in names:
         if name not in groups and name not in CASES:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accuracy
+import bench_host
 import bench_moe
 import contestants
 import pytest
@@ -31,6 +32,14 @@ def _on_the_cpu_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_bench_host(tmp_path: Path) -> None:
+    assert bench_host.main(["--quick", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path / "bench_host.csv")
+    assert row["case"] == "quick_variable"
+    assert 0 < float(row["forward_ms"]) < float(row["step_ms"])
+    assert row["graph_step_ms"] == row["launches_step"] == ""
 
 
 def test_bench_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

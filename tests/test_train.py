@@ -407,6 +407,7 @@ class TestCommand:
             (["--device", "tpu"], "device: expected one of cpu"),
             (["--experts", "four"], "experts: expected count x width pairs"),
             (["--device", "cpu", "--backend", "triton"], "backend: expected auto or torch on cpu, got 'triton'"),
+            (["--device", "cpu", "--compile"], "compile: expected a CUDA device, got cpu"),
             (["--seed", "4294967296"], "seed: expected 0 <= seed < 2**32, got 4294967296"),
             (["--learning-rate", "inf"], "learning_rate: expected 0 or more, got inf"),
             (["--steps", "0"], "steps: expected an integer of 1 or more, got 0"),

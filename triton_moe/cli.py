@@ -91,6 +91,8 @@ def _start(
         config = TrainConfig.for_device(device.type, **given)
     if config.backend == "triton" and device.type != "cuda":
         raise ValueError(f"backend: expected auto or torch on {device.type}, got 'triton'")
+    if config.compile and device.type != "cuda":
+        raise ValueError(f"compile: expected a CUDA device, got {device.type}")
     corpus = Corpus.load(data)
     if checkpoint is not None and corpus.sha256 != checkpoint.sha256:
         raise ValueError(
@@ -169,6 +171,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or bf16: autocast.")] = None,
     backend: Annotated[str | None, typer.Option(help="Of the MoE layers: auto, triton or torch.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Steps under torch.compile, as CUDA graphs.")
+    ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 500,
     sample_bytes: Annotated[int, typer.Option(min=0, help="Length of the sample at the end.")] = 300,
@@ -191,6 +196,7 @@ def train(
         "learning_rate": learning_rate,
         "precision": precision,
         "backend": backend,
+        "compile": compiled,
         "seed": seed,
     }
     given = {name: value for name, value in options.items() if value is not None}

@@ -37,6 +37,9 @@ class TrainConfig:
     backend: str = "auto"
     """Of the MoE layers; one of `triton_moe.functional.BACKENDS`."""
 
+    compile: bool = False
+    """Whether each step runs under torch.compile, as CUDA graphs."""
+
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "context", "batch_size", "steps"):
             value = getattr(self, name)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from triton_moe.train.checkpoint import Checkpoint, load_optimizer_state, optimizer_state
 from triton_moe.train.config import TrainConfig
@@ -41,6 +41,7 @@ class Trainer:
         self.config, self.corpus, self.device = config, corpus, device
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(device)
+        self._train_model = torch.compile(self.model, mode="reduce-overhead") if config.compile else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=device.type == "cuda"
         )
@@ -57,11 +58,11 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.context
 
-    def _run(self, sequences: Tensor) -> tuple[GPTOutput, Tensor]:
+    def _run(self, model: nn.Module, sequences: Tensor) -> tuple[GPTOutput, Tensor]:
         """`sequences (B, L + 1)` -> the model's output for the first L of each, and its loss, nats a byte."""
         sequences = sequences.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            out = self.model(sequences[:, :-1])
+            out = model(sequences[:, :-1])
         return out, F.cross_entropy(out.logits.flatten(0, 1), sequences[:, 1:].flatten())
 
     def step(self) -> Tensor:
@@ -70,7 +71,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.done)
         self.model.train()
-        out, loss = self._run(self.corpus.batch(self.done, config.batch_size, config.context, config.seed))
+        if config.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        out, loss = self._run(
+            self._train_model, self.corpus.batch(self.done, config.batch_size, config.context, config.seed)
+        )
         total = loss + config.load_balance_weight * out.load_balance_loss + config.router_z_weight * out.router_z_loss
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -85,7 +90,7 @@ class Trainer:
     def loss_on(self, windows: Tensor) -> float:
         """Nats a byte over `windows (W, context + 1)`. Raises FloatingPointError if that is no number."""
         self.model.eval()
-        losses = [self._run(part)[1] * part.shape[0] for part in windows.split(self.config.batch_size)]
+        losses = [self._run(self.model, part)[1] * part.shape[0] for part in windows.split(self.config.batch_size)]
         loss = float(torch.stack(losses).sum()) / windows.shape[0]
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} after {self.done} steps: try a lower learning rate")

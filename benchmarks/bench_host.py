@@ -1,0 +1,114 @@
+"""Host time of the layer with its three losses: kernel launches and wall time of a call, eager and as a CUDA graph.
+
+    python benchmarks/bench_host.py
+
+On small shapes the device works for a tenth of a millisecond, and the rest is launching. `forward` records a graph for
+backward; `step` is that and the backward pass, from gradients of the output and the losses, into gradients that were
+None. The graphs are captured once and replayed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from cases import CASES, BenchCase
+from results import append, folder, provenance, text
+from timing import Call, ceilings, launches, wall_times
+
+from triton_moe import MoEMLP
+
+LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+DEFAULT_CASES = ("8exp_uniform", "8exp_variable", "16exp_uniform", "16exp_variable", "128exp_variable")
+
+
+def calls_of(case: BenchCase, dtype: torch.dtype, device: torch.device) -> tuple[Call, Call]:
+    """-> forward, step."""
+    torch.manual_seed(0)
+    layer = MoEMLP(dataclasses.replace(case.config, aux_losses=True), device=device, dtype=dtype)
+    shape = (case.num_tokens, case.config.hidden_size)
+    x, dout = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    x.requires_grad_()
+    one = torch.ones((), device=device)
+
+    def forward() -> object:
+        return layer(x)
+
+    def step() -> None:
+        for leaf in (x, *layer.parameters()):
+            leaf.grad = None
+        out, aux, _ = layer(x)
+        torch.autograd.backward((out, *(aux[name] for name in LOSSES)), (dout, one, one, one))
+
+    return forward, step
+
+
+def replay_of(call: Call) -> Callable[[], None]:
+    """The call, captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bool) -> dict:
+    forward, step = calls_of(case, dtype, device)
+    calls = {"forward": forward, "step": step}
+    if device.type == "cuda":
+        forward(), step()
+        calls |= {"graph_forward": replay_of(forward), "graph_step": replay_of(step)}
+    effort = {"repeats": 3, "loop_seconds": 0.005} if quick else {}
+    times = {f"{name}_ms": time.median for name, time in wall_times(calls, device, **effort).items()}
+    config = case.config
+    return {
+        "case": case.name,
+        "T": case.num_tokens,
+        "H": config.hidden_size,
+        "sizes": "+".join(f"{count}x{width}" for count, width in config.expert_sizes),
+        "K": config.num_active_experts,
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: times.get(name) for name in ("forward_ms", "step_ms", "graph_forward_ms", "graph_step_ms")},
+    }
+
+
+def counted(case: BenchCase, dtype: torch.dtype, device: torch.device) -> dict[str, float | None]:
+    """The profiler's columns of a row."""
+    columns = ("launches_forward", "launches_step", "busy_forward_ms", "busy_step_ms")
+    if device.type != "cuda":
+        return dict.fromkeys(columns)
+    forward, step = map(launches, calls_of(case, dtype, device))
+    return dict(zip(columns, (forward.count, step.count, forward.busy_ms, step.busy_ms), strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Host time of the layer; rows go to bench_host.csv.")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", choices=list(CASES))
+    parser.add_argument("--quick", action="store_true", help="a tiny case and short loops, for the CPU")
+    parser.add_argument("--out", type=Path, help="folder of the CSV file")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    path = folder(args.out, quick=args.quick, device=device) / "bench_host.csv"
+    names = args.cases or (["quick_variable"] if args.quick else DEFAULT_CASES)
+    machine = {**ceilings(device), **provenance(device)}
+    rows = [measure(CASES[name], dtype, device, args.quick) for name in names]
+    for row in rows:
+        row |= {**counted(CASES[row["case"]], dtype, device), **machine}
+        append(path, [row])
+        print(", ".join(f"{name} {text(value)}" for name, value in row.items()))
+    print(f"Rows went to {path}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
