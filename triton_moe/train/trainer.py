@@ -6,12 +6,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from triton_moe.train.checkpoint import Checkpoint, load_optimizer_state, optimizer_state
 from triton_moe.train.config import TrainConfig
@@ -58,7 +58,7 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.context
 
-    def _run(self, model: nn.Module, sequences: Tensor) -> tuple[GPTOutput, Tensor]:
+    def _run(self, model: Callable[..., GPTOutput], sequences: Tensor) -> tuple[GPTOutput, Tensor]:
         """`sequences (B, L + 1)` -> the model's output for the first L of each, and its loss, nats a byte."""
         sequences = sequences.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -73,9 +73,8 @@ class Trainer:
         self.model.train()
         if config.compile:
             torch.compiler.cudagraph_mark_step_begin()
-        out, loss = self._run(
-            self._train_model, self.corpus.batch(self.done, config.batch_size, config.context, config.seed)
-        )
+        sequences = self.corpus.batch(self.done, config.batch_size, config.context, config.seed)
+        out, loss = self._run(self._train_model, sequences)
         total = loss + config.load_balance_weight * out.load_balance_loss + config.router_z_weight * out.router_z_loss
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
