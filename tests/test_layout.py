@@ -81,7 +81,7 @@ def test_bad_sizes(sizes, message: str) -> None:
 def test_sizes_of_a_routing() -> None:
     made = reference.route(torch.tensor([[1, 0], [2, 1], [0, 3]]), ExpertLayout((3, 2, 0)))
     assert (made.num_tokens, made.top_k, made.num_rows) == (3, 2, 6)
-    assert made.ragged_numel() == 6 * 3 + 64 * 3
+    assert made.ragged_numel() == 6 * 8 + 64 * 3
     assert made.ragged_numel(parts=2) == 2 * made.ragged_numel()
 
 
@@ -91,10 +91,12 @@ def test_blocks_of_a_ragged_buffer_do_not_overlap(parts: int) -> None:
     buffer = torch.zeros(made.ragged_numel(parts), dtype=torch.int64)
     shapes = []
     for expert in range(4):
-        block = made.ragged_block(buffer, expert, parts)
-        block += 1
+        for part in range(parts):
+            block = made.ragged_block(buffer, expert, part, parts)
+            block += 1
+            assert block.numel() == 0 or block.stride(0) % layout.ROW_ALIGNMENT == 0
         shapes.append(tuple(block.shape))
-    assert shapes == [(4, 40 * parts), (1, parts), (2, 5 * parts), (0, 0)]
+    assert shapes == [(4, 40), (1, 1), (2, 5), (0, 0)]
     assert buffer.max() == 1
     assert buffer.sum() == parts * (4 * 40 + 1 + 2 * 5)
     assert not (made.ragged_offsets % layout.RAGGED_ALIGNMENT).any()

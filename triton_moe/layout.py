@@ -16,6 +16,8 @@ from torch import Tensor, sym_min
 
 RAGGED_ALIGNMENT = 64
 """Elements to which the start of each expert's block in a ragged buffer is rounded up."""
+ROW_ALIGNMENT = 8
+"""Elements to which a row of a ragged buffer is rounded up: 16 bytes in 16 bits, the widest load of a thread."""
 
 
 def _as_int(value: object, argument: str) -> int:
@@ -143,11 +145,11 @@ class Routing:
         row_offsets     [0, 1, 3, 3]     expert e owns rows row_offsets[e] : row_offsets[e+1]; a null expert owns none
         row_to_slot     [1, 0, 3, -1]    stable by expert; -1 past the last row
         slot_to_row     [[1, 0], [-1, 2]]    its inverse; -1 where the slot has no row
-        ragged_offsets  [0, 64, 128, 128]    start of expert e's dense (n_e, I_e) block, rounded up to 64 elements
+        ragged_offsets  [0, 64, 128, 128]    start of expert e's block, rounded up to 64 elements
 
     In a *ragged buffer* of `parts` values per activation (2 for the gate and up halves of a gated pre-activation)
-    expert e's block is a dense `(n_e, parts * I_e)` matrix that starts at element `parts * ragged_offsets[e]`. What
-    lies between the blocks is unspecified.
+    expert e's block is a `(n_e, parts, row_stride(I_e))` matrix that starts at element `parts * ragged_offsets[e]`.
+    What a row holds past `I_e` is finite, what lies between the blocks is unspecified.
 
     The kernels' tile schedule, made with the rest (empty when the routing was made without kernels):
 
@@ -203,12 +205,13 @@ class Routing:
         """Elements that a ragged buffer needs for this very routing. Reads one number back from the device."""
         return int(self.ragged_offsets[self.layout.num_experts])
 
-    def ragged_block(self, buffer: Tensor, expert: int, parts: int = 1) -> Tensor:
-        """Expert's `(n_e, parts * I_e)` view of a ragged buffer. Reads two numbers back from the device."""
+    def ragged_block(self, buffer: Tensor, expert: int, part: int = 0, parts: int = 1) -> Tensor:
+        """Expert's `(n_e, I_e)` view of one part of a ragged buffer. Reads two numbers back from the device."""
         first, last = self.row_offsets[expert : expert + 2].tolist()
         start = parts * int(self.ragged_offsets[expert])
-        rows, columns = last - first, parts * self.layout.widths[expert]
-        return buffer[start : start + rows * columns].view(rows, columns)
+        rows, width = last - first, self.layout.widths[expert]
+        stride = row_stride(width)
+        return buffer[start : start + rows * parts * stride].view(rows, parts, stride)[:, part, :width]
 
 
 def num_row_blocks(num_rows: int, layout: ExpertLayout, block_m: int) -> int:
@@ -219,4 +222,9 @@ def num_row_blocks(num_rows: int, layout: ExpertLayout, block_m: int) -> int:
 
 def ragged_numel(num_rows: int, layout: ExpertLayout) -> int:
     """Elements that a ragged buffer of so many rows, of any experts, can need. num_rows may be symbolic."""
-    return num_rows * layout.max_width + RAGGED_ALIGNMENT * layout.num_experts
+    return num_rows * row_stride(layout.max_width) + RAGGED_ALIGNMENT * layout.num_experts
+
+
+def row_stride(width: int) -> int:
+    """Elements from one row to the next of a part of a ragged buffer, for an expert of that width."""
+    return -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
+from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, row_stride
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_squared": lambda h: torch.relu(h).square(),
@@ -72,7 +72,8 @@ def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
     for slots, width in zip(slots_of, layout.widths, strict=True):
         row_to_slot += slots
         row_offsets.append(len(row_to_slot))
-        ragged_offsets.append(ragged_offsets[-1] + math.ceil(len(slots) * width / RAGGED_ALIGNMENT) * RAGGED_ALIGNMENT)
+        blocks = math.ceil(len(slots) * row_stride(width) / RAGGED_ALIGNMENT)
+        ragged_offsets.append(ragged_offsets[-1] + blocks * RAGGED_ALIGNMENT)
     slot_to_row = [-1] * num_slots
     for row, slot in enumerate(row_to_slot):
         slot_to_row[slot] = row
@@ -107,7 +108,7 @@ def pre_activation(x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: 
     """`h = x w1_e`, or the halves `(x w1_e, x w3_e)` of a gated MLP, for every row of every expert.
 
     `x (T, H)`, `w1` and `w3` `(H, S)` -> the flat ragged buffer of 1 part, or of 2 with w3: gate half, then up half, in
-    each row. Zeros between the blocks.
+    each row. Zeros wherever there is no activation.
     """
     parts = 1 if w3 is None else 2
     rows = gather(x, routing=routing)
@@ -115,22 +116,23 @@ def pre_activation(x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: 
     for expert in range(routing.layout.num_experts):
         columns = routing.layout.columns(expert)
         x_e = rows[_rows_of(routing, expert)]
-        halves = [x_e @ w[:, columns] for w in (w1, w3) if w is not None]
-        routing.ragged_block(pre, expert, parts).copy_(torch.cat(halves, dim=1))
+        for part, w in enumerate((w1, w3)[:parts]):
+            routing.ragged_block(pre, expert, part, parts).copy_(x_e @ w[:, columns])  # type: ignore[index]
     return pre
 
 
 def activation(pre: Tensor, *, routing: Routing, activation: str) -> Tensor:
     """`act(h)`, or `act(gate) * up`, of the flat ragged buffer from `pre_activation` -> one of 1 part.
 
-    Evaluated in fp32 or wider and rounded once, as PyTorch's own elementwise functions are. Zeros between the blocks.
+    Evaluated in fp32 or wider and rounded once, as PyTorch's own elementwise functions are. Zeros elsewhere.
     Raises ValueError on an unknown activation.
     """
     gated = _is_gated(activation)
     a = pre.new_zeros(routing.ragged_numel())
-    for expert, width in enumerate(routing.layout.widths):
-        h = routing.ragged_block(pre, expert, 2 if gated else 1).to(_wide(pre.dtype))
-        block = GATED[activation](h[:, :width]) * h[:, width:] if gated else PLAIN[activation](h)
+    parts = 2 if gated else 1
+    for expert in range(routing.layout.num_experts):
+        h, *up = (routing.ragged_block(pre, expert, part, parts).to(_wide(pre.dtype)) for part in range(parts))
+        block = GATED[activation](h) * up[0] if gated else PLAIN[activation](h)
         routing.ragged_block(a, expert).copy_(block)
     return a
 

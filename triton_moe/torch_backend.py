@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from triton_moe.activations import GATE_ACTIVATION
-from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
+from triton_moe.layout import RAGGED_ALIGNMENT, ROW_ALIGNMENT, ExpertLayout, Routing, row_stride
 
 _ACTIVATION = {
     "relu_squared": lambda z: F.relu(z).square(),
@@ -36,7 +36,8 @@ def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
     owner, row_to_slot = owner.sort(stable=True)
     row = torch.arange(ids.numel(), device=ids.device)
     slot_to_row = torch.empty_like(row).scatter_(0, row_to_slot, torch.where(owner < num_experts, row, -1))
-    blocks = (rows * widths + RAGGED_ALIGNMENT - 1) // RAGGED_ALIGNMENT * RAGGED_ALIGNMENT
+    strides = (widths + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    blocks = (rows * strides + RAGGED_ALIGNMENT - 1) // RAGGED_ALIGNMENT * RAGGED_ALIGNMENT
     return Routing(
         layout=layout,
         topk_ids=topk_ids,
@@ -65,18 +66,23 @@ def _rows_per_expert(routing: Routing) -> list[int]:
 
 
 def _pack(blocks: list[Tensor], routing: Routing) -> Tensor:
-    """Dense blocks, one an expert -> a ragged buffer, zeros between the blocks."""
-    padded = [F.pad(block.reshape(-1), (0, -block.numel() % RAGGED_ALIGNMENT)) for block in blocks]
+    """`(n_e, I_e)` blocks, one an expert -> a ragged buffer, zeros elsewhere."""
+    rows = [F.pad(block, (0, -block.shape[1] % ROW_ALIGNMENT)).reshape(-1) for block in blocks]
+    padded = [F.pad(block, (0, -block.numel() % RAGGED_ALIGNMENT)) for block in rows]
     tail = routing.ragged_numel() - sum(block.numel() for block in padded)
     return torch.cat([*padded, padded[0].new_zeros(tail)])
 
 
 def _unpack(buffer: Tensor, routing: Routing, sizes: list[int]) -> list[Tensor]:
-    """A ragged buffer -> its dense `(n_e, I_e)` blocks."""
-    shapes = [(rows, width) for rows, width in zip(sizes, routing.layout.widths, strict=False)]
-    numels = [-(-rows * width // RAGGED_ALIGNMENT) * RAGGED_ALIGNMENT for rows, width in shapes]
+    """A ragged buffer -> its `(n_e, I_e)` blocks."""
+    widths = routing.layout.widths
+    shapes = [(rows, row_stride(width)) for rows, width in zip(sizes, widths, strict=False)]
+    numels = [-(-rows * stride // RAGGED_ALIGNMENT) * RAGGED_ALIGNMENT for rows, stride in shapes]
     pieces = buffer.split([*numels, buffer.numel() - sum(numels)])
-    return [piece[: rows * width].view(rows, width) for piece, (rows, width) in zip(pieces, shapes, strict=False)]
+    return [
+        piece[: rows * stride].view(rows, stride)[:, :width]
+        for piece, (rows, stride), width in zip(pieces, shapes, widths, strict=False)
+    ]
 
 
 def grouped_gemm_up(
