@@ -65,7 +65,8 @@ def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bo
     forward, step = calls_of(case, dtype, device)
     calls = {"forward": forward, "step": step}
     if device.type == "cuda":
-        forward(), step()
+        forward()
+        step()
         calls |= {"graph_forward": replay_of(forward), "graph_step": replay_of(step)}
     effort = {"repeats": 3, "loop_seconds": 0.005} if quick else {}
     times = {f"{name}_ms": time.median for name, time in wall_times(calls, device, **effort).items()}

@@ -72,20 +72,20 @@ def act_bwd(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def load_pre(pre_ptrs, width, mask, GATED: tl.constexpr):
+def load_pre(pre_ptrs, pitch, mask, GATED: tl.constexpr):
     """Gate (or only) half and up half of a pre-activation tile, fp32; the up half is 1 without a gate."""
     gate = tl.load(pre_ptrs, mask=mask, other=0).to(tl.float32)
-    up = tl.load(pre_ptrs + width, mask=mask, other=0).to(tl.float32) if GATED else 1.0
+    up = tl.load(pre_ptrs + pitch, mask=mask, other=0).to(tl.float32) if GATED else 1.0
     return gate, up
 
 
 @triton.jit
-def store_dpre(dpre_ptrs, width, mask, gate, up, act, dact, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+def store_dpre(dpre_ptrs, pitch, mask, gate, up, act, dact, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """Gradient of a pre-activation tile from `dact`, that of its activation; `act` is act(gate)."""
     element = dpre_ptrs.dtype.element_ty
     tl.store(dpre_ptrs, (dact * up * act_bwd(gate, ACTIVATION)).to(element), mask=mask)
     if GATED:
-        tl.store(dpre_ptrs + width, (dact * act).to(element), mask=mask)
+        tl.store(dpre_ptrs + pitch, (dact * act).to(element), mask=mask)
 
 
 @triton.jit
@@ -101,19 +101,19 @@ def activation_bwd_kernel(
     first_col = tl.program_id(0) % num_tiles_n * BLOCK_N
     if expert < 0:
         return
-    width, _ = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
-    if first_col >= width:
+    _, pitch, _ = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    if first_col >= pitch:
         return
     _, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
     cols = first_col + tl.arange(0, BLOCK_N)
-    mask = exists[:, None] & (cols < width)[None, :]
-    inner = local[:, None] * (PARTS * width) + cols[None, :]
-    pre_start = ragged_start(pre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT)
-    gate, up = load_pre(pre_start + inner, width, mask, GATED)
-    dact_start = ragged_start(dact, expert, start, width, ragged_offsets, 1, ALIGNMENT)
-    d = tl.load(dact_start + local[:, None] * width + cols[None, :], mask=mask, other=0).to(tl.float32)
-    dpre_ptrs = ragged_start(dpre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT) + inner
-    store_dpre(dpre_ptrs, width, mask, gate, up, act_fwd(gate, ACTIVATION), d, ACTIVATION, GATED)
+    mask = exists[:, None] & (cols < pitch)[None, :]
+    inner = local[:, None] * (PARTS * pitch) + cols[None, :]
+    pre_start = ragged_start(pre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
+    gate, up = load_pre(pre_start + inner, pitch, mask, GATED)
+    dact_start = ragged_start(dact, expert, start, pitch, ragged_offsets, 1, ALIGNMENT)
+    d = tl.load(dact_start + local[:, None] * pitch + cols[None, :], mask=mask, other=0).to(tl.float32)
+    dpre_ptrs = ragged_start(dpre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT) + inner
+    store_dpre(dpre_ptrs, pitch, mask, gate, up, act_fwd(gate, ACTIVATION), d, ACTIVATION, GATED)
 
 
 @functools.lru_cache(maxsize=256)

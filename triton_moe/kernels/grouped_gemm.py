@@ -24,6 +24,7 @@ from triton_moe.kernels.config import (
     divides_widths,
     input_precision,
     layout_tables,
+    loadable,
     rows_contiguous,
     tile_config,
     with_strides_of,
@@ -47,7 +48,7 @@ def grouped_gemm_up_fwd_kernel(
     first_col = tl.program_id(0) % num_tiles_n * BLOCK_N
     if expert < 0:
         return
-    width, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    width, pitch, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
     if first_col >= width:
         return
     first_row, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
@@ -59,24 +60,24 @@ def grouped_gemm_up_fwd_kernel(
     w_cols = (offset + cols) * stride_ws
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gate, up = tile_dot(
-        gate, gate, x + rows.to(tl.int64) * stride_xt, w1 + w_cols, w3 + w_cols, col_mask, H, stride_wh,
+        gate, gate, x + rows.to(tl.int64) * stride_xt, w1 + w_cols, w3 + w_cols, col_mask, H, H, stride_wh,
         GATED, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
     )  # fmt: skip
 
-    mask = exists[:, None] & col_mask[None, :]
+    mask = exists[:, None] & (cols < pitch)[None, :]
     element = x.dtype.element_ty
     if pre is not None:
-        pre_ptrs = ragged_start(pre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT)
-        pre_ptrs += local[:, None] * (PARTS * width) + cols[None, :]
+        pre_ptrs = ragged_start(pre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
+        pre_ptrs += local[:, None] * (PARTS * pitch) + cols[None, :]
         tl.store(pre_ptrs, gate.to(element), mask=mask)
         if GATED:
-            tl.store(pre_ptrs + width, up.to(element), mask=mask)
+            tl.store(pre_ptrs + pitch, up.to(element), mask=mask)
     if out is not None:
         act = act_fwd(gate, ACTIVATION)
         if GATED:
             act *= up
-        out_ptrs = ragged_start(out, expert, start, width, ragged_offsets, 1, ALIGNMENT)
-        out_ptrs += local[:, None] * width + cols[None, :]
+        out_ptrs = ragged_start(out, expert, start, pitch, ragged_offsets, 1, ALIGNMENT)
+        out_ptrs += local[:, None] * pitch + cols[None, :]
         tl.store(out_ptrs, act.to(element), mask=mask)
 
 
@@ -92,20 +93,20 @@ def grouped_gemm_down_fwd_kernel(
     expert = tl.load(entry)
     if expert < 0:
         return
-    width, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    width, pitch, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
     first_row, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
     cols = tl.program_id(0) % num_tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < H
-    a_rows = ragged_start(a, expert, start, width, ragged_offsets, PARTS, ALIGNMENT) + local * (PARTS * width)
+    a_rows = ragged_start(a, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT) + local * (PARTS * pitch)
     w_cols = offset * stride_ws + cols.to(tl.int64) * stride_wh
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc, _ = tile_dot(
-        acc, acc, a_rows, w + w_cols, w + w_cols, col_mask, width, stride_ws,
+        acc, acc, a_rows, w + w_cols, w + w_cols, col_mask, width, pitch, stride_ws,
         False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
     )  # fmt: skip
     if PARTS == 2:
         acc, _ = tile_dot(
-            acc, acc, a_rows + width, w_up + w_cols, w_up + w_cols, col_mask, width, stride_ws,
+            acc, acc, a_rows + pitch, w_up + w_cols, w_up + w_cols, col_mask, width, pitch, stride_ws,
             False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
         )  # fmt: skip
     y_ptrs = y + first_row.to(tl.int64) * H + local[:, None] * H + cols[None, :]
@@ -140,6 +141,7 @@ def grouped_gemm_up_fwd(
         ACTIVATION=GATE_ACTIVATION.get(activation, activation),
         INPUT_PRECISION=input_precision(x.dtype),
     )  # fmt: skip
+    w1 = loadable(w1, routing)
     w3 = w1 if w3 is None else with_strides_of(w3, w1)
     launch(
         (routing.num_row_blocks * num_tiles_n,), x, w1, w3, pre, out, hidden_size,
@@ -172,6 +174,7 @@ def grouped_gemm_down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, 
         routing.layout, hidden_size, a.dtype, a.device, PARTS=1 if w_up is None else 2,
         INPUT_PRECISION=input_precision(a.dtype),
     )  # fmt: skip
+    w = loadable(w.t(), routing).t()
     w_up = w if w_up is None else with_strides_of(w_up, w)
     launch(
         (routing.num_row_blocks * num_tiles_n,), a, w, w_up, y, hidden_size, *w.stride(),

@@ -47,7 +47,7 @@ def grouped_gemm_dh_kernel(
     expert = tl.load(entry)
     if expert < 0:
         return
-    width, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    width, pitch, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
     if tile_n * BLOCK_N >= width:
         return
     first_row, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
@@ -57,25 +57,25 @@ def grouped_gemm_dh_kernel(
     w_cols = w2 + (offset + cols) * stride_ws
     dact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dact, _ = tile_dot(
-        dact, dact, dout + (slots // TOP_K).to(tl.int64) * stride_dt, w_cols, w_cols, col_mask, H, stride_wh,
+        dact, dact, dout + (slots // TOP_K).to(tl.int64) * stride_dt, w_cols, w_cols, col_mask, H, H, stride_wh,
         False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
     )  # fmt: skip
 
-    mask = exists[:, None] & col_mask[None, :]
-    inner = local[:, None] * (PARTS * width) + cols[None, :]
-    pre_start = ragged_start(pre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT)
-    gate, up = load_pre(pre_start + inner, width, mask, GATED)
+    mask = exists[:, None] & (cols < pitch)[None, :]
+    inner = local[:, None] * (PARTS * pitch) + cols[None, :]
+    pre_start = ragged_start(pre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
+    gate, up = load_pre(pre_start + inner, pitch, mask, GATED)
     act = act_fwd(gate, ACTIVATION)
     tl.store(dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n, tl.sum(dact * act * up, 1), mask=exists)
     weight = tl.load(topk_weights + slots).to(tl.float32)[:, None]
-    weighted_ptrs = ragged_start(act_weighted, expert, start, width, ragged_offsets, 1, ALIGNMENT)
+    weighted_ptrs = ragged_start(act_weighted, expert, start, pitch, ragged_offsets, 1, ALIGNMENT)
     tl.store(
-        weighted_ptrs + local[:, None] * width + cols[None, :],
+        weighted_ptrs + local[:, None] * pitch + cols[None, :],
         (weight * act * up).to(act_weighted.dtype.element_ty),
         mask=mask,
     )
-    dpre_ptrs = ragged_start(dpre, expert, start, width, ragged_offsets, PARTS, ALIGNMENT) + inner
-    store_dpre(dpre_ptrs, width, mask, gate, up, act, weight * dact, ACTIVATION, GATED)
+    dpre_ptrs = ragged_start(dpre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT) + inner
+    store_dpre(dpre_ptrs, pitch, mask, gate, up, act, weight * dact, ACTIVATION, GATED)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -111,7 +111,7 @@ def grouped_gemm_dw_kernel(
     part = tl.program_id(0) // num_tiles_n % PARTS
     tile_m = tl.program_id(0) // (num_tiles_n * PARTS) % num_tiles_m
     expert = tl.load(expert_order + tl.program_id(0) // (num_tiles_n * PARTS * num_tiles_m))
-    width, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    width, pitch, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
     if tile_n * BLOCK_N >= width:
         return
     first = tl.load(row_offsets + expert)
@@ -120,7 +120,7 @@ def grouped_gemm_dw_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     hidden_mask = hidden < H
     col_mask = cols < width
-    d_cols = ragged_start(d, expert, 0, width, ragged_offsets, PARTS, ALIGNMENT) + part * width + cols
+    d_cols = ragged_start(d, expert, 0, pitch, ragged_offsets, PARTS, ALIGNMENT) + part * pitch + cols
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     lost = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, count, BLOCK_K):
@@ -130,9 +130,9 @@ def grouped_gemm_dw_kernel(
         if GATHER:
             rows = tl.load(row_to_slot + rows, mask=exists, other=0) // TOP_K
         x_mask = exists[:, None] if EVEN_M else exists[:, None] & hidden_mask[None, :]
-        d_mask = exists[:, None] if EVEN_N else exists[:, None] & col_mask[None, :]
+        d_mask = exists[:, None] if EVEN_N else exists[:, None] & (cols < pitch)[None, :]
         x_tile = tl.load(x + rows.to(tl.int64)[:, None] * stride_xt + hidden[None, :], mask=x_mask, other=0)
-        d_tile = tl.load(d_cols[None, :] + place.to(tl.int64)[:, None] * (PARTS * width), mask=d_mask, other=0)
+        d_tile = tl.load(d_cols[None, :] + place.to(tl.int64)[:, None] * (PARTS * pitch), mask=d_mask, other=0)
         acc, lost = accumulate(acc, lost, tl.trans(x_tile), d_tile, INPUT_PRECISION)
     offsets_w = hidden.to(tl.int64)[:, None] * stride_wh + ((offset + cols) * stride_ws)[None, :]
     mask = hidden_mask[:, None] & col_mask[None, :]

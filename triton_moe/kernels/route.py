@@ -18,6 +18,7 @@ from torch import Tensor
 
 from triton_moe.kernels.config import BLOCK_M, LayoutTables, cdiv, layout_tables
 from triton_moe.kernels.launch import Launcher
+from triton_moe.kernels.tiles import ROW_ALIGNMENT
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, num_row_blocks
 
 _MAX_SPANS = 256
@@ -107,7 +108,7 @@ def route_place_kernel(
         tl.store(counts + experts, total, mask=real)
         tl.store(row_offsets, 0)
         tl.store(row_offsets + 1 + experts, last_row, mask=real)
-        numel = rows.to(tl.int64) * width
+        numel = rows.to(tl.int64) * (tl.cdiv(width, ROW_ALIGNMENT) * ROW_ALIGNMENT)
         tl.store(ragged_offsets, 0)
         tl.store(ragged_offsets + 1 + experts, tl.cumsum(tl.cdiv(numel, ALIGNMENT) * ALIGNMENT, 0), mask=real)
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from triton_moe.layout import ROW_ALIGNMENT as _ROW_ALIGNMENT
+
+ROW_ALIGNMENT: tl.constexpr = tl.constexpr(_ROW_ALIGNMENT)
+
 
 @triton.jit
 def block_rows(expert, block, row_offsets, BLOCK_M: tl.constexpr):
@@ -27,16 +31,20 @@ def block_rows(expert, block, row_offsets, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def expert_columns(expert, widths, offsets, WIDTH_ALIGN: tl.constexpr):
-    """Width of the expert and its first column in the packed weights, with what is known of their divisibility."""
+    """The expert's width, its `row_stride` in ragged buffers, and its first column in the packed weights, with what is
+    known of their divisibility."""
     width = tl.multiple_of(tl.load(widths + expert), WIDTH_ALIGN)
+    pitch = width
+    if ROW_ALIGNMENT > WIDTH_ALIGN:
+        pitch = tl.cdiv(width, ROW_ALIGNMENT) * ROW_ALIGNMENT
     offset = tl.multiple_of(tl.load(offsets + expert), WIDTH_ALIGN)
-    return width, offset.to(tl.int64)
+    return width, pitch, offset.to(tl.int64)
 
 
 @triton.jit
-def ragged_start(buffer, expert, start, width, ragged_offsets, PARTS: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Pointer to row `start` of the expert's `(n_e, PARTS * width)` block of a ragged buffer."""
-    return buffer + PARTS * (tl.multiple_of(tl.load(ragged_offsets + expert), ALIGNMENT) + start * width)
+def ragged_start(buffer, expert, start, pitch, ragged_offsets, PARTS: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Pointer to row `start` of the expert's `(n_e, PARTS, pitch)` block of a ragged buffer."""
+    return buffer + PARTS * (tl.multiple_of(tl.load(ragged_offsets + expert), ALIGNMENT) + start * pitch)
 
 
 @triton.jit
@@ -56,12 +64,13 @@ def accumulate(acc, lost, a, b, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def tile_dot(
-    acc, acc_up, a_rows, b_cols, b_up_cols, col_mask, size, stride_bk,
+    acc, acc_up, a_rows, b_cols, b_up_cols, col_mask, size, a_size, stride_bk,
     PAIR: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc[m, n] += sum over k < size of a_rows[m][k] * b_cols[n][k * stride_bk], all vectors of pointers.
 
+    a can be read up to `a_size`, and is finite there: a rounder bound than size makes wider loads.
     PAIR: also acc_up from b_up_cols, with a loaded once; otherwise acc_up comes back as it was.
     """
     offs_k = tl.arange(0, BLOCK_K)
@@ -71,7 +80,7 @@ def tile_dot(
     lost = tl.zeros_like(acc)
     lost_up = tl.zeros_like(acc)
     for k in range(0, size, BLOCK_K):
-        a = tl.load(a_ptrs) if EVEN_K else tl.load(a_ptrs, mask=offs_k[None, :] < size - k, other=0)
+        a = tl.load(a_ptrs) if EVEN_K else tl.load(a_ptrs, mask=offs_k[None, :] < a_size - k, other=0)
         acc, lost = accumulate(
             acc, lost, a, load_b(b_ptrs, offs_k, size - k, col_mask, EVEN_K, EVEN_N), INPUT_PRECISION
         )
