@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 SHARED_MEMORY = {86: 99, 90: 227}  # KB a program may use; 86 has the least of all from 8.0 on (CUDA programming guide)
 
 PROGRAM = """
-import json, sys, warnings
+import json, re, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 from triton.backends.compiler import GPUTarget
@@ -42,7 +42,9 @@ run = jit.JITFunction.run
 
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=(1,), warmup=True, **options)
-    compiled.append((self.__name__, kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async")))
+    ptx = kernel.asm["ptx"]
+    narrow = len(re.findall(r"ld\\.global[.a-z0-9:]*\\.b16", ptx))
+    compiled.append((self.__name__, kernel.metadata.shared, ptx.count("wgmma.mma_async"), narrow if odd_widths else 0))
 
 jit.JITFunction.run = compile_only
 
@@ -58,10 +60,11 @@ def empty(*shape):
 
 for dtype, activation, widths, H in (
     (torch.bfloat16, "swiglu", (256, 512), 768),
+    (torch.bfloat16, "swiglu", (251, 300, 133), 768),
     (torch.bfloat16, "gelu", (256, 100, 0), 100),
     (torch.float32, "swiglu", (256,), 64),
 ):
-    layout, gated = ExpertLayout(widths), activation == "swiglu"
+    layout, gated, odd_widths = ExpertLayout(widths), activation == "swiglu", widths[0] == 251
     S = layout.total_width
     x, w1, w2, w3 = empty(64, H), empty(H, S), empty(S, H), empty(H, S)
     ids, weights = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(64, 2, requires_grad=True)
@@ -85,12 +88,14 @@ def test_compiles_within_shared_memory(capability: int) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     compiled = json.loads(result.stdout)
-    names = {name for name, _, _ in compiled}
+    names = {name for name, *_ in compiled}
     assert {f"grouped_gemm_{name}_kernel" for name in ("up_fwd", "down_fwd", "dh", "dw")} <= names
     assert {"route_count_kernel", "route_place_kernel", "gather_fwd_kernel", "scatter_fwd_kernel"} <= names
     assert {"router_fwd_kernel", "router_finish_kernel", "router_bwd_kernel"} <= names
     assert {"activation_bwd_kernel", "scatter_bwd_weights_kernel", "sum_partials_kernel"} <= names
-    assert [(name, shared) for name, shared, _ in compiled if shared > 1024 * SHARED_MEMORY[capability]] == []
+    assert [(name, shared) for name, shared, *_ in compiled if shared > 1024 * SHARED_MEMORY[capability]] == []
     if capability == 90:
-        gemms = {name for name, _, _ in compiled if name.startswith("grouped_gemm")}
-        assert {name for name, _, wgmma in compiled if wgmma} == gemms
+        gemms = {name for name, *_ in compiled if name.startswith("grouped_gemm")}
+        assert {name for name, _, wgmma, _ in compiled if wgmma} == gemms
+    # However odd the widths, a GEMM of many rows loads 16 bytes at a time.
+    assert [name for name, *_, narrow in compiled if narrow and name.startswith("grouped_gemm")] == []
