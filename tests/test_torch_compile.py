@@ -18,7 +18,7 @@ SIZES = [(2, 16), (1, 5), (2, 40), (1, 0)]
 LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
 NATIVE = torch.cuda.is_available()
 # Inductor on a GPU; here what it is given, which the interpreter runs.
-COMPILER = "inductor" if NATIVE else "aot_eager"
+COMPILER = "inductor"
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -97,13 +98,17 @@ def layout_tables(layout: ExpertLayout, device: torch.device) -> LayoutTables:
 
 
 def on_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Tables of constants. Waits for the copies, once a layout: the next call may be on another stream."""
+    """Tables of constants. Waits for the copies, once a layout: the next call may be on another stream.
+
+    Made in a thread of their own, where no fake tensors, inference mode or memory pool of a CUDA graph reach: they
+    outlive all of these.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the layout's tables are not on the device yet: call the layer once before a CUDA graph is captured"
         )
-    with torch.inference_mode(False):
-        return [torch.tensor(row, dtype=dtype).to(device) for row in rows]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: [torch.tensor(row, dtype=dtype).to(device) for row in rows]).result()
 
 
 def cdiv(numerator: int, denominator: int) -> int:
