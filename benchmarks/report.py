@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-Of each benchmark the newest rows count: those of the last date and commit in its file.
+Of each benchmark the newest rows count: those of the last run of it, or of each of its cases.
 """
 
 from __future__ import annotations
@@ -10,56 +10,132 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from cases import GROUPS
 from results import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- measured: written by benchmarks/report.py -->", "<!-- end of measured -->"
-CONTESTANTS = {
-    "triton_moe": "this project",
-    "grouped_mm": "torch grouped_mm",
-    "grouped_mm_compiled": "the same, compiled",
-    "scattermoe": "ScatterMoE",
-    "torch_loop": "loop over experts",
+OURS = "triton_moe"
+RIVALS = {
+    "grouped_mm": "torch grouped_mm (padded to the widest expert)",
+    "scattermoe": "ScatterMoE (one width alone)",
 }
 
 Rows = list[dict[str, str]]
 
 
-def newest(path: Path) -> Rows:
-    """The rows of the last run in a CSV file."""
+def rows_of(path: Path) -> Rows:
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+        return list(csv.DictReader(file))
+
+
+def run_of(row: dict[str, str]) -> tuple[str, str]:
+    return row["date"], row["commit"]
+
+
+def newest(rows: Rows) -> Rows:
+    """Those of the last run."""
+    return [row for row in rows if run_of(row) == run_of(rows[-1])]
+
+
+def newest_of_each_case(rows: Rows, contestants: Collection[str]) -> list[Rows]:
+    """Of each case the rows of the last run that had all these contestants: ratios come from one run."""
+    runs: dict[str, dict[tuple[str, str], Rows]] = {}
+    for row in rows:
+        if row.get("contestant", "") in contestants:
+            runs.setdefault(row["case"], {}).setdefault(run_of(row), []).append(row)
+    complete = [[run for run in of_case.values() if len(run) == len(contestants)] for of_case in runs.values()]
+    return [of_case[-1] for of_case in complete if of_case]
 
 
 def machine(row: dict[str, str]) -> str:
     return f"{row['gpu']}, torch {row['torch']}, triton {row['triton']}, {row['date']}, commit {row['commit']}"
 
 
+def machines(rows: Rows) -> str:
+    """That of the last row, and the commits of all."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return machine({**rows[-1], "commit": commits})
+
+
+def shape(row: dict[str, str]) -> str:
+    return ", ".join(row[column] for column in ("T", "H", "sizes", "K", "activation") if column in row)
+
+
 def speed(rows: Rows) -> list[str]:
-    """A line a case, a column a contestant: forward / step in milliseconds."""
-    names = [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]
-    of = {(row["case"], row["contestant"]): f"{row['forward_ms']} / {row['step_ms']}" for row in rows}
+    """A table a rival, a line a case: forward / step in milliseconds."""
+    lines = []
+    for rival, name in RIVALS.items():
+        cases = newest_of_each_case(rows, (OURS, rival))
+        if not cases:
+            continue
+        last = cases[-1][-1]
+        lines += [
+            f"Forward / forward and backward in ms beside {name}, bf16, the same router, auxiliary losses off, medians "
+            f"of loops in which the contestants take turns ({machines([row for case in cases for row in case])}; cuBLAS 8192^3 "
+            f"ran at {last['cublas_8192_tflops']} TFLOP/s, a torch add took {last['torch_add_us']} us of host time; "
+            f"`benchmarks/results/bench_moe.csv`).",
+            "",
+            f"| T, H, sizes, K, activation | this project | {name} |",
+            "|---|---|---|",
+        ]
+        for case in cases:
+            times = {row["contestant"]: f"{row['forward_ms']} / {row['step_ms']}" for row in case}
+            lines.append(f"| {shape(case[0])} | {times[OURS]} | {times[rival]} |")
+        lines.append("")
+    return lines[:-1]
+
+
+def widths(rows: Rows) -> list[str]:
+    """A line a pair of a uniform layout and another one: TFLOP/s, and what is left of the uniform one's."""
+    ours = {row["case"]: row for row in rows if row["contestant"] == OURS}
+    names = [case.name for case in GROUPS["widths"] if case.name in ours]
+    pairs = [(ours[uniform], ours[other]) for uniform, other in zip(names[::2], names[1::2], strict=True)]
+    if not pairs:
+        return []
     lines = [
-        f"Forward / forward and backward in ms, bf16, router included, auxiliary losses off, medians of loops in which "
-        f"the contestants take turns ({machine(rows[-1])}; cuBLAS 8192^3 ran at {rows[-1]['cublas_8192_tflops']} "
-        f"TFLOP/s, a torch add took {rows[-1]['torch_add_us']} us of host time). grouped_mm takes one width: where "
-        f"experts differ it is padded to the widest. Rows: `benchmarks/results/bench_moe.csv`.",
+        f"What widths cost: TFLOP/s forward / step of layouts with about equal FLOPs, SwiGLU, bf16 "
+        f"({machines([row for pair in pairs for row in pair])}; `bench_moe.csv`).",
         "",
-        "| T, H, sizes, K, activation | " + " | ".join(CONTESTANTS[name] for name in names) + " |",
-        "|---" * (len(names) + 1) + "|",
+        "| T, H, K | uniform | TFLOP/s | other widths | TFLOP/s | of the uniform |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in {row["case"]: row for row in rows}.values():
-        shape = ", ".join(row[column] for column in ("T", "H", "sizes", "K", "activation"))
-        lines.append(f"| {shape} | " + " | ".join(of.get((row["case"], name), "-") for name in names) + " |")
+    for pair in pairs:
+        rates = [[float(row[column]) for column in ("forward_tflops", "step_tflops")] for row in pair]
+        speeds = [f"{forward:.0f} / {step:.0f}" for forward, step in rates]
+        share = " / ".join(f"{other / uniform:.0%}" for uniform, other in zip(*rates, strict=True))
+        sizes = [row["case"] if len(row["sizes"]) > 40 else row["sizes"] for row in pair]
+        of_pair = ", ".join(pair[0][column] for column in ("T", "H", "K"))
+        lines.append(f"| {of_pair} | {sizes[0]} | {speeds[0]} | {sizes[1]} | {speeds[1]} | {share} |")
+    return lines
+
+
+def host(rows: Rows) -> list[str]:
+    """A line a case: eager and as a CUDA graph."""
+    used = [case[-1] for case in newest_of_each_case(rows, ("",))]
+    lines = [
+        f"Small shapes with the three losses, where the host decides: forward / forward and backward in ms, and kernel "
+        f"launches ({machines(used)}; a torch add took {used[-1]['torch_add_us']} us of host time; `bench_host.csv`).",
+        "",
+        "| T, H, sizes, K | eager | CUDA graph | launches |",
+        "|---|---|---|---|",
+    ]
+    for row in used:
+        columns = (
+            ("forward_ms", "step_ms"),
+            ("graph_forward_ms", "graph_step_ms"),
+            ("launches_forward", "launches_step"),
+        )
+        lines.append(f"| {shape(row)} | " + " | ".join(f"{row[a]} / {row[b]}" for a, b in columns) + " |")
     return lines
 
 
 def accuracy(rows: Rows) -> list[str]:
+    rows = newest(rows)
     ratios = [float(row["ratio"]) for row in rows if row["ratio"]]
     passed = sum(row["result"] == "pass" for row in rows)
     return [
@@ -78,13 +154,19 @@ def stress(rows: Rows) -> list[str]:
     ]
 
 
-SECTIONS = {"bench_moe.csv": speed, "accuracy.csv": accuracy, "stress.csv": stress}
+SECTIONS: tuple[tuple[str, Callable[[Rows], list[str]]], ...] = (
+    ("bench_moe.csv", speed),
+    ("bench_moe.csv", widths),
+    ("bench_host.csv", host),
+    ("accuracy.csv", accuracy),
+    ("stress.csv", stress),
+)
 
 
 def measured(folder: Path = RESULTS) -> str:
     """What the rows say, as Markdown."""
-    parts = [section(newest(folder / name)) for name, section in SECTIONS.items() if (folder / name).exists()]
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    parts = [section(rows_of(folder / name)) for name, section in SECTIONS if (folder / name).exists()]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def with_measured(readme: str, folder: Path = RESULTS) -> str:

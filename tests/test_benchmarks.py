@@ -202,6 +202,17 @@ class TestReport:
         results.append(path, [{**row, "draws": draws, "date": "d", "commit": draws} for draws in ("old", "new")])
         assert "run twice: new draws, 0 outside" in report.measured(tmp_path)
 
+    def test_ratios_come_from_one_run(self) -> None:
+        """The last one that had both."""
+        row = dict.fromkeys(("T", "H", "sizes", "K", "activation", "cublas_8192_tflops", "torch_add_us", "gpu"), "x")
+        row |= {"torch": "x", "triton": "x", "date": "d", "case": "c"}
+        runs = (("1", "triton_moe"), ("1", "grouped_mm"), ("2", "triton_moe"), ("2", "grouped_mm"), ("3", "triton_moe"))
+        rows = [
+            {**row, "commit": commit, "contestant": name, "forward_ms": f"{name}{commit}", "step_ms": "s"}
+            for commit, name in runs
+        ]
+        assert report.speed(rows)[-1].endswith("| triton_moe2 / s | grouped_mm2 / s |")
+
     def test_a_readme_without_the_part_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"^README: expected one part between .*, got 0"):
             report.with_measured("# Nothing measured")
