@@ -73,11 +73,11 @@ def speed(rows: Rows) -> list[str]:
         cases = newest_of_each_case(rows, (OURS, rival))
         if not cases:
             continue
-        last = cases[-1][-1]
+        used = [row for case in cases for row in case]
         lines += [
             f"Forward / forward and backward in ms beside {name}, bf16, the same router, auxiliary losses off, medians "
-            f"of loops in which the contestants take turns ({machines([row for case in cases for row in case])}; cuBLAS "
-            f"8192^3 ran at {last['cublas_8192_tflops']} TFLOP/s, a torch add took {last['torch_add_us']} us of host time; "
+            f"of loops in which the contestants take turns ({machines(used)}; cuBLAS 8192^3 ran at "
+            f"{used[-1]['cublas_8192_tflops']} TFLOP/s, a torch add took {used[-1]['torch_add_us']} us of host time; "
             f"`benchmarks/results/bench_moe.csv`).",
             "",
             f"| T, H, sizes, K, activation | this project | {name} |",
