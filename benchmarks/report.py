@@ -44,12 +44,13 @@ def newest(rows: Rows) -> Rows:
 
 def newest_of_each_case(rows: Rows, contestants: Collection[str]) -> list[Rows]:
     """Of each case the rows of the last run that had all these contestants: ratios come from one run."""
-    runs: dict[str, dict[tuple[str, str], Rows]] = {}
+    runs: dict[str, dict[tuple[str, str], dict[str, dict[str, str]]]] = {}
     for row in rows:
-        if row.get("contestant", "") in contestants:
-            runs.setdefault(row["case"], {}).setdefault(run_of(row), []).append(row)
+        contestant = row.get("contestant", "")
+        if contestant in contestants:
+            runs.setdefault(row["case"], {}).setdefault(run_of(row), {})[contestant] = row
     complete = [[run for run in of_case.values() if len(run) == len(contestants)] for of_case in runs.values()]
-    return [of_case[-1] for of_case in complete if of_case]
+    return [list(of_case[-1].values()) for of_case in complete if of_case]
 
 
 def machine(row: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from operators import inputs_for
@@ -14,7 +15,6 @@ from triton_moe.testing import Case, run
 pytest.importorskip("triton")
 
 CASE = Case(50, 32, (16, 24, 0, 40), 2, "swiglu", reason="the usual")
-KEPT = {"x": 1, "topk_weights": 1, "w1": 1, "w2": 1, "w3": 1}
 
 
 def layer_on(device: str, **changes: Any) -> MoEMLP:
@@ -27,10 +27,14 @@ def kernels(*args: Any, **kwargs: Any) -> Tensor:
     return moe_mlp(*args, backend="triton", **kwargs)
 
 
-@pytest.mark.parametrize("options", [{"activation_memory": "exact"}, {"recompute": True},
-                                     {"activation_memory": "exact", "recompute": True}])  # fmt: skip
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_memory_options_change_no_bit(options: dict[str, Any], backend: str, device: str) -> None:
+EXACT, RECOMPUTE = {"activation_memory": "exact"}, {"recompute": True}
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("triton", EXACT), ("triton", RECOMPUTE), ("triton", {**EXACT, **RECOMPUTE}), ("torch", RECOMPUTE)],
+)
+def test_memory_options_change_no_bit(backend: str, options: dict[str, Any], device: str) -> None:
     inputs = inputs_for(CASE, torch.float32, device)
     expected = run(moe_mlp, inputs, backend=backend)
     actual = run(moe_mlp, inputs, backend=backend, **options)
@@ -180,3 +184,52 @@ def test_split_gives_each_experts_own_matrix() -> None:
         layer.layout.split(layer.w1, dim=0)
     with pytest.raises(ValueError, match=r"packed: expected 8 along dim 2"):
         ExpertLayout((8,)).split(layer.w1, dim=2)
+
+
+class Ignored(torch.autograd.Function):
+    """Returns no gradient for its input."""
+
+    @staticmethod
+    def forward(ctx: Any, ignored: Tensor, used: Tensor) -> Tensor:
+        return used.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, dout
+
+
+def test_an_output_whose_gradient_is_undefined(device: str) -> None:
+    layer, x = layer_on(device), torch.randn(9, 32, device=device, requires_grad=True)
+    Ignored.apply(layer(x)[0], x).sum().backward()  # type: ignore[union-attr]
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_selective_checkpointing_sees_the_operators(device: str) -> None:
+    """A policy that saves the layer's operator is asked, and the layer is not computed again."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    layer, x = layer_on(device), torch.randn(9, 32, device=device, requires_grad=True)
+    seen = []
+
+    def policy(_ctx: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        seen.append(str(operator))
+        return CheckpointPolicy.MUST_SAVE if "triton_moe" in str(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run_layer(x: Tensor) -> Tensor:
+        return layer(x)[0]
+
+    out = checkpoint(run_layer, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+    out.square().sum().backward()  # type: ignore[union-attr]
+    assert {"triton_moe.moe_mlp.default", "triton_moe.route_tokens.default"} <= set(seen)
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), x)[0]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # make_dual's own import
+def test_forward_mode_raises(device: str) -> None:
+    layer, x = layer_on(device), torch.randn(9, 32, device=device)
+    message = "the kernels have no forward-mode derivatives"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        layer(forward_ad.make_dual(x, torch.ones_like(x)))

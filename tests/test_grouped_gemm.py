@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from operators import check_operator, inputs_for, routings, unit
-from triton_moe import reference
+from triton_moe import functional, reference
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.kernels import grouped_gemm_down_autograd, grouped_gemm_up_autograd, scatter_autograd
 from triton_moe.layout import Routing
@@ -84,3 +84,21 @@ def test_building_blocks_compose_to_the_layer(activation: str, device: str, dtyp
 
     inputs = inputs_for(case, dtype, device)
     check_against_oracle(composed, inputs)
+
+
+def test_what_lies_past_the_widths_reaches_nothing(device: str) -> None:
+    """Between up and down a caller may fill the padding of odd widths with anything, NaN as well, forward or back."""
+    inputs = inputs_for(Case(30, 32, (5, 24, 3), 2, "gelu", reason="odd widths"), torch.float32, device)
+    ours, theirs = routings(inputs)
+    results = []
+    for module, routing in ((functional, ours), (reference, theirs)):
+        up = getattr(module, "grouped_gemm_up_autograd", None) or reference.grouped_gemm_up
+        down = getattr(module, "grouped_gemm_down_autograd", None) or reference.grouped_gemm_down
+        x = inputs.x.clone().requires_grad_()
+        a = up(x, inputs.w1, routing=routing, activation="gelu")
+        y = down((a.abs() + 1e-30).log().abs().sqrt() + a / a.abs(), inputs.w2, routing=routing)
+        y.sum().backward()
+        results.append((y.detach(), x.grad))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)

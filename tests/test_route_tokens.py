@@ -146,3 +146,43 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
     arguments = {"x": torch.zeros(3, H), "weight": torch.zeros(E, H), "layout": LAYOUT, "num_active_experts": 2}
     with pytest.raises(ValueError, match=message):
         route_tokens(**{**arguments, **changes})
+
+
+def test_a_strided_bias(device: str) -> None:
+    x, weight = tensors(20, torch.float32, device)
+    table = torch.zeros(E, 3, device=device)
+    table[5, 1] = 10.0
+    routed = route_tokens(x, weight, table[:, 1], layout=LAYOUT, num_active_experts=1, backend="triton")
+    assert (routed.topk_ids == 5).all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_losses_that_are_off_have_no_gradient(backend: str, device: str) -> None:
+    x, weight = (tensor.requires_grad_() for tensor in tensors(20, torch.float32, device))
+    routed = route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, aux_losses=False, backend=backend)
+    (0 * routed.topk_weights.sum() + sum(getattr(routed, name) for name in LOSSES)).backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_gradients_of_the_losses_alone_over_many_tokens(router: str, device: str, dtype: torch.dtype) -> None:
+    """Each token's share is small: that of float16 would be lost in its own dtype."""
+    x, weight = tensors(4096, dtype, device)
+
+    def dweight(function: Any, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = weight.to(kind, copy=True).requires_grad_()
+        routed = function(x.to(kind), leaf)
+        (1e-2 * routed.load_balance_loss + 1e-3 * routed.router_z_loss).backward()
+        assert leaf.grad is not None
+        return leaf.grad, routed.topk_ids
+
+    def ours(x: Tensor, weight: Tensor) -> RouterOutput:
+        return route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, router=router, backend="triton")
+
+    def definition(x: Tensor, weight: Tensor) -> RouterOutput:
+        return by_definition(x, weight, topk_ids, router, True)
+
+    actual, topk_ids = dweight(ours, dtype)
+    (plain, _), (truth, _) = dweight(definition, dtype), dweight(definition, torch.float64)
+    assert_within_budget(actual, truth, plain, eps_dtype=dtype, name="dweight")

@@ -23,6 +23,8 @@ BACKENDS = ("auto", "triton", "torch")
 ACTIVATION_MEMORY = ("bounded", "exact")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)
+_MAX_SLOTS = 2**31 - 2**24
+"""Numbered in int32, with room for the end of the last program's span."""
 
 
 def _fail(argument: str, expected: str, got: object) -> NoReturn:
@@ -77,8 +79,8 @@ def _check_ids(topk_ids: Tensor, layout: ExpertLayout) -> None:
         _fail("topk_ids", "int32 or int64", topk_ids.dtype)
     if not 1 <= topk_ids.shape[1] <= layout.num_experts:
         _fail("topk_ids", f"1 <= K <= E = {layout.num_experts}", f"K = {topk_ids.shape[1]}")
-    if topk_ids.numel() >= 2**31:
-        _fail("topk_ids", "fewer than 2**31 slots", topk_ids.numel())
+    if topk_ids.numel() > _MAX_SLOTS:
+        _fail("topk_ids", f"at most {_MAX_SLOTS} slots", topk_ids.numel())
     if os.environ.get("TRITON_MOE_CHECK_IDS") == "1":
         wrong = topk_ids[(topk_ids < 0) | (topk_ids > layout.num_experts)].unique().tolist()
         if wrong:

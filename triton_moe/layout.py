@@ -149,7 +149,7 @@ class Routing:
 
     In a *ragged buffer* of `parts` values per activation (2 for the gate and up halves of a gated pre-activation)
     expert e's block is a `(n_e, parts, row_stride(I_e))` matrix that starts at element `parts * ragged_offsets[e]`.
-    What a row holds past `I_e` is finite, what lies between the blocks is unspecified.
+    What a row holds past `I_e`, and what lies between the blocks, is unspecified.
 
     The kernels' tile schedule, made with the rest (empty when the routing was made without kernels):
 

@@ -101,7 +101,7 @@ def activation_bwd_kernel(
     first_col = tl.program_id(0) % num_tiles_n * BLOCK_N
     if expert < 0:
         return
-    _, pitch, _ = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    width, pitch, _ = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
     if first_col >= pitch:
         return
     _, start, local, exists = block_rows(expert, tl.load(entry + 1), row_offsets, BLOCK_M)
@@ -111,7 +111,8 @@ def activation_bwd_kernel(
     pre_start = ragged_start(pre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
     gate, up = load_pre(pre_start + inner, pitch, mask, GATED)
     dact_start = ragged_start(dact, expert, start, pitch, ragged_offsets, 1, ALIGNMENT)
-    d = tl.load(dact_start + local[:, None] * pitch + cols[None, :], mask=mask, other=0).to(tl.float32)
+    given = exists[:, None] & (cols < width)[None, :]  # past the width a caller's gradient may be anything
+    d = tl.load(dact_start + local[:, None] * pitch + cols[None, :], mask=given, other=0).to(tl.float32)
     dpre_ptrs = ragged_start(dpre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT) + inner
     store_dpre(dpre_ptrs, pitch, mask, gate, up, act_fwd(gate, ACTIVATION), d, ACTIVATION, GATED)
 

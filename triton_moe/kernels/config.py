@@ -87,7 +87,7 @@ class LayoutTables(NamedTuple):
     """Largest power of two, 16 at most, that divides every width (and so every offset)."""
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for good: a captured graph keeps the tables' addresses
 def layout_tables(layout: ExpertLayout, device: torch.device) -> LayoutTables:
     by_width = sorted(range(layout.num_experts), key=lambda e: -layout.widths[e])
     rank = [0] * layout.num_experts

@@ -85,10 +85,11 @@ def grouped_gemm_up_fwd_kernel(
 def grouped_gemm_down_fwd_kernel(
     a, w, w_up, y, H, stride_ws, stride_wh,
     widths, offsets, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
-    PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr,
+    PARTS: tl.constexpr, FINITE: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = a w_e, or with two parts a[:, :I_e] w_e + a[:, I_e:] w_up_e."""
+    """y = a w_e, or with two parts a_gate w_e + a_up w_up_e. FINITE: so is a past the width, and loads may go there."""
     entry = row_blocks + 2 * (tl.program_id(0) // num_tiles_n)
     expert = tl.load(entry)
     if expert < 0:
@@ -99,14 +100,15 @@ def grouped_gemm_down_fwd_kernel(
     col_mask = cols < H
     a_rows = ragged_start(a, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT) + local * (PARTS * pitch)
     w_cols = offset * stride_ws + cols.to(tl.int64) * stride_wh
+    a_size = pitch if FINITE else width
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc, _ = tile_dot(
-        acc, acc, a_rows, w + w_cols, w + w_cols, col_mask, width, pitch, stride_ws,
+        acc, acc, a_rows, w + w_cols, w + w_cols, col_mask, width, a_size, stride_ws,
         False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
     )  # fmt: skip
     if PARTS == 2:
         acc, _ = tile_dot(
-            acc, acc, a_rows + pitch, w_up + w_cols, w_up + w_cols, col_mask, width, pitch, stride_ws,
+            acc, acc, a_rows + pitch, w_up + w_cols, w_up + w_cols, col_mask, width, a_size, stride_ws,
             False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
         )  # fmt: skip
     y_ptrs = y + first_row.to(tl.int64) * H + local[:, None] * H + cols[None, :]
@@ -164,14 +166,17 @@ def _down_launcher(
     return launch, tables, cdiv(hidden_size, config.BLOCK_N)
 
 
-def grouped_gemm_down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
+def grouped_gemm_down_fwd(
+    a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing, finite: bool = True
+) -> None:
     """`y (R, H)` = a w of every routed row; with `w_up`, a has two parts and `y = a_gate w + a_up w_up`.
 
     a is a ragged buffer, w and w_up `(S, H)` of any strides (w1 and w3 transposed give the gradient of x's rows).
+    `finite`: what a holds past the widths cannot be NaN or infinite; loads are wider then.
     """
     hidden_size = w.shape[1]
     launch, tables, num_tiles_n = _down_launcher(
-        routing.layout, hidden_size, a.dtype, a.device, PARTS=1 if w_up is None else 2,
+        routing.layout, hidden_size, a.dtype, a.device, PARTS=1 if w_up is None else 2, FINITE=finite,
         INPUT_PRECISION=input_precision(a.dtype),
     )  # fmt: skip
     w = loadable(w.t(), routing).t()

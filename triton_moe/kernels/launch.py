@@ -63,7 +63,7 @@ class Launcher:
         run(*grid, *(1,) * (3 - len(grid)), stream, function, metadata, None, None, None, *values, *constexprs)
 
     def _remember(self, key: tuple, compiled: Any, num_args: int) -> None:
-        if len(self._compiled) == _MAX_COMPILED:
+        if len(self._compiled) >= _MAX_COMPILED:
             self._compiled.clear()
         constexprs = [self.options[name] for name in self.kernel.arg_names[num_args:]]
         self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constexprs

@@ -20,8 +20,6 @@ from triton_moe.kernels.config import cdiv, on_device
 from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import ExpertLayout
 
-MAX_EXPERTS = 512
-"""More scores than this a token do not fit into a program's registers."""
 _TILE = 2048
 """Scores of a program at once."""
 _MAX_PROGRAMS = 256
@@ -221,7 +219,7 @@ class _Launchers(NamedTuple):
     """Tokens of a program at once."""
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for good: a captured graph keeps the tables' addresses
 def _launchers(
     layout: ExpertLayout, top_k: int, softmax: bool, normalize: bool, aux: bool, device: torch.device
 ) -> _Launchers:
@@ -281,6 +279,7 @@ def router_fwd(
     f = torch.empty(num_experts, dtype=dtype, device=device)
     losses = logits.new_empty(()), logits.new_empty(()), logits.new_empty(())
     summary = logits.new_empty(num_experts + 2)
+    bias = None if bias is None else bias.contiguous()
     launchers.forward((num_programs,), logits, bias, topk_weights, topk_ids, partials, num_tokens, span)
     launchers.finish(
         (1,), partials, launchers.balance_scale, launchers.compute_scale, f, *losses, summary, num_programs, num_tokens

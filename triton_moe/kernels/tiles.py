@@ -70,7 +70,7 @@ def tile_dot(
 ):  # fmt: skip
     """acc[m, n] += sum over k < size of a_rows[m][k] * b_cols[n][k * stride_bk], all vectors of pointers.
 
-    a can be read up to `a_size`, and is finite there: a rounder bound than size makes wider loads.
+    a is read up to `a_size`, where it must be finite: a rounder bound than size makes wider loads.
     PAIR: also acc_up from b_up_cols, with a loaded once; otherwise acc_up comes back as it was.
     """
     offs_k = tl.arange(0, BLOCK_K)

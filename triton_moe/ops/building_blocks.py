@@ -141,11 +141,14 @@ def _up_fake(
 
 def _up_setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.widths, ctx.activation = inputs
+    ctx.set_materialize_grads(False)  # of the pre-activation, which has none
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _up_backward(ctx, dout: Tensor, _):
+    if dout is None:
+        return (None,) * 7
     needs = ctx.needs_input_grad[:3]
     grads = iter(_up_backward_op(dout, *ctx.saved_tensors, needs, ctx.widths, ctx.activation))
     return *(next(grads) if needed else None for needed in needs), None, None, None, None
@@ -201,7 +204,7 @@ def grouped_gemm_up(x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing:
 def _down(x_up: Tensor, w2: Tensor, *routing) -> Tensor:
     whole = _whole(*routing)
     y = x_up.new_zeros(whole.num_rows, w2.shape[1])
-    grouped_gemm_down_fwd(x_up.contiguous(), w2, None, y, whole)
+    grouped_gemm_down_fwd(x_up.contiguous(), w2, None, y, whole, finite=False)
     return y
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_moe.layout import ExpertLayout
 from triton_moe.ops.first_order import first_order
@@ -20,10 +21,11 @@ class Operator:
     """`forward` as `torch.ops.triton_moe.<name>`: opaque to torch.compile, with its own backward.
 
     An eager call reaches `forward` and `backward` through a plain autograd function instead, because the dispatcher's
-    way there costs more host time than the kernels of a small shape.
+    way there costs more host time than the kernels of a small shape; unless a dispatch mode is active, which wants to
+    see the operator.
 
     Args:
-        schema: `name(arguments) -> results` in PyTorch's schema language. Nothing is mutated, nothing aliases.
+        schema: `name(arguments) -> results` in PyTorch's schema language; no mutation, no aliases.
         forward: `(*arguments)` -> the results.
         fake: likewise on tensors without data: shapes, dtypes and strides alone.
         setup_context, backward: as `torch.library.register_autograd` takes them; None if there is no gradient.
@@ -50,7 +52,10 @@ class Operator:
 
     def __call__(self, *arguments: Any, **eager_options: Any) -> Any:
         """The results. `eager_options` reach `forward` in eager calls alone, which may mutate."""
-        traced, needs_grad = torch.compiler.is_compiling(), False
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError("the kernels have no forward-mode derivatives: call them outside of dual_level()")
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        needs_grad = False
         for argument in arguments:
             if isinstance(argument, Tensor):
                 traced = traced or type(argument) not in (Tensor, torch.nn.Parameter)  # fake, functional, or a user's
@@ -82,8 +87,3 @@ def _eager_function(
 
     members = {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
-
-
-def records_gradients(arguments: Sequence[Any]) -> bool:
-    """Whether autograd would have a use for the call."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)

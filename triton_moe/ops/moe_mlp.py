@@ -43,7 +43,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout, num_rows = layout_of(tuple(widths)), topk_ids.numel()
     size = _parts(w3) * ragged_numel(num_rows, layout)
-    if exact:
+    if exact and keep_pre:
         size = torch.library.get_ctx().new_dynamic_size(min=0)
     return (
         x.new_empty(x.shape),
@@ -119,7 +119,9 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
 
 
 def _backward(ctx, dout, _dpre, _dpacked):
-    """The first one overwrites the pre-activation, another (`retain_graph=True`) computes it anew."""
+    """In eager calls the first one overwrites the pre-activation, another (`retain_graph=True`) computes it anew."""
+    if dout is None:
+        return (None,) * 10
     overwrite_pre = is_eager(ctx)
     x, weights, _, w1, w2, w3 = ctx.needs_input_grad[:6]
     needs = (x, weights, w1, w2, w3)

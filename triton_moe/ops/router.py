@@ -62,10 +62,12 @@ def _backward_impl(
 ) -> list[Tensor]:  # fmt: skip
     """-> those of dx and dweight that are needed."""
     options = _options(tuple(widths), num_active_experts, *flags)
-    dlogits = router_bwd(logits, topk_ids, summary, dweights, (dz_loss, dbalance, dcompute), x.dtype, options)
+    # The losses' share of a logit's gradient goes like 1 / T, and float16 would lose it.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    dlogits = router_bwd(logits, topk_ids, summary, dweights, (dz_loss, dbalance, dcompute), dtype, options)
     need_x, need_weight = needs
-    grads = [torch.mm(dlogits, weight.to(x.dtype))] if need_x else []
-    return [*grads, torch.mm(dlogits.t(), x).to(weight.dtype)] if need_weight else grads
+    grads = [torch.mm(dlogits, weight.to(dtype)).to(x.dtype)] if need_x else []
+    return [*grads, torch.mm(dlogits.t(), x.to(dtype)).to(weight.dtype)] if need_weight else grads
 
 
 def _backward_fake(x: Tensor, weight: Tensor, *rest) -> list[Tensor]:
@@ -90,8 +92,9 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward(ctx, dweights, _dids, _df, dz_loss, dbalance, dcompute, _dsummary, _dlogits):
-    needs = ctx.needs_input_grad[:2]
-    grads = iter(_route_tokens_backward(*ctx.saved_tensors, dweights, dz_loss, dbalance, dcompute, needs, *ctx.options))
+    needs, aux_losses = ctx.needs_input_grad[:2], ctx.options[-1]
+    dlosses = (dz_loss, dbalance, dcompute) if aux_losses else (None,) * 3
+    grads = iter(_route_tokens_backward(*ctx.saved_tensors, dweights, *dlosses, needs, *ctx.options))
     return *(next(grads) if needed else None for needed in needs), *(None,) * 6
 
 
