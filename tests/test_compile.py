@@ -73,6 +73,7 @@ for dtype, activation, widths, H in (
     moe_mlp.moe_mlp(x, weights, ids, *operands, layout, activation, "bounded", False).sum().backward()
     *routed, _, _ = router.route_tokens(x, empty(len(widths), H), None, layout, 2, "softmax", True, True)
     (routed[0].sum() + sum(routed[3:])).backward()
+    odd_widths = False  # the building blocks read a caller's buffer exactly to the width
     building_blocks.gather(x, routing=routing).sum().backward()
     x_up = building_blocks.grouped_gemm_up(x, w1, w3 if gated else None, routing=routing, activation=activation)
     y = building_blocks.grouped_gemm_down(x_up, w2, routing=routing)
@@ -97,5 +98,5 @@ def test_compiles_within_shared_memory(capability: int) -> None:
     if capability == 90:
         gemms = {name for name, *_ in compiled if name.startswith("grouped_gemm")}
         assert {name for name, _, wgmma, _ in compiled if wgmma} == gemms
-    # However odd the widths, a GEMM of many rows loads 16 bytes at a time.
+    # However odd the widths, a GEMM of the layer with many rows loads 16 bytes at a time.
     assert [name for name, *_, narrow in compiled if narrow and name.startswith("grouped_gemm")] == []
