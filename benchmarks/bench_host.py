@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from cases import CASES, BenchCase
 from results import append, folder, provenance, text
-from timing import Call, ceilings, launches, wall_times
+from timing import Call, captured, ceilings, launches, wall_times
 
 from triton_moe import MoEMLP
 
@@ -47,27 +47,13 @@ def calls_of(case: BenchCase, dtype: torch.dtype, device: torch.device) -> tuple
     return forward, step
 
 
-def replay_of(call: Call) -> Callable[[], None]:
-    """The call, captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bool) -> dict:
     forward, step = calls_of(case, dtype, device)
     calls = {"forward": forward, "step": step}
     if device.type == "cuda":
         forward()
         step()
-        calls |= {"graph_forward": replay_of(forward), "graph_step": replay_of(step)}
+        calls |= {"graph_forward": captured(forward)[0].replay, "graph_step": captured(step)[0].replay}
     effort = {"repeats": 3, "loop_seconds": 0.005} if quick else {}
     times = {f"{name}_ms": time.median for name, time in wall_times(calls, device, **effort).items()}
     config = case.config

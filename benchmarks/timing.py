@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+Result = TypeVar("Result")
 MIB = 2.0**20
 WARM_UP = 3
 MAX_ITERATIONS = 2000
@@ -59,6 +61,20 @@ def wall_times(
             call()
             rounds[name].append(_loop_seconds(call, iterations[name], device) / iterations[name] * 1e3)
     return {name: WallTime(statistics.median(ms), max(ms) - min(ms)) for name, ms in rounds.items()}
+
+
+def captured(call: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """The call as a CUDA graph, warm, and what its replays fill."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from timing import captured
 from torch import Tensor
 
 from triton_moe import MoEConfig, MoEMLP
@@ -36,20 +37,6 @@ def step(layer: Callable, x: Tensor, dout: Tensor) -> Tensor:
 def clear(layer: MoEMLP, x: Tensor) -> None:
     layer.zero_grad()
     x.grad = None
-
-
-def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Warm, on a stream of its own, as PyTorch asks."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
 
 
 def test_forward() -> None:

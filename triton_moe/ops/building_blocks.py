@@ -19,6 +19,7 @@ from triton_moe.kernels.route import route as route_fwd
 from triton_moe.kernels.scatter import scatter_bwd_weights, scatter_fwd
 from triton_moe.layout import ExpertLayout, Routing, ragged_numel
 from triton_moe.ops.library import Operator, layout_of
+from triton_moe.ops.up_backward import up_backward
 
 _ROUTING = "Tensor topk_ids, Tensor packed, int[] widths"
 
@@ -161,16 +162,8 @@ def _up_backward_impl(
     """-> those of dx, dw1 and dw3 that are needed."""
     routing = _whole(topk_ids, packed, widths)
     dpre = activation_bwd(pre, dout, routing, activation)
-    dx = dw1 = dw3 = None
-    if needs[1] or needs[2]:
-        dw1 = torch.empty_like(w1)
-        dw3 = None if w3 is None else torch.empty_like(w1)
-        grouped_gemm_dw(x, dpre, dw1, dw3, routing)
-    if needs[0]:
-        dx_rows = x.new_empty(routing.num_rows, x.shape[1])
-        grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)
-        dx = scatter_fwd(dx_rows, None, routing)
-    return [grad for grad, needed in zip((dx, dw1, dw3), needs, strict=True) if needed and grad is not None]
+    grads = up_backward(dpre, x, w1, w3, routing, needs[0], needs[1] or needs[2])
+    return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
 
 
 def _up_backward_fake(dout: Tensor, x: Tensor, w1: Tensor, *rest) -> list[Tensor]:

@@ -53,7 +53,7 @@ class Operator:
     def __call__(self, *arguments: Any, **eager_options: Any) -> Any:
         """The results. `eager_options` reach `forward` in eager calls alone, which may mutate."""
         if forward_ad._current_level >= 0:
-            raise NotImplementedError("the kernels have no forward-mode derivatives: call them outside of dual_level()")
+            raise RuntimeError("the kernels have no forward-mode derivatives: call them outside of dual_level()")
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         needs_grad = False
         for argument in arguments:

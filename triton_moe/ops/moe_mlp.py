@@ -13,6 +13,7 @@ from triton_moe.kernels.route import packed_numel, route, unpack
 from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import ExpertLayout, ragged_numel
 from triton_moe.ops.library import Operator, is_eager, layout_of
+from triton_moe.ops.up_backward import up_backward
 
 
 def _parts(w3: Tensor | None) -> int:
@@ -69,20 +70,12 @@ def _backward_impl(
     need_x, _, need_w1, need_w2, need_w3 = needs
     dpre = pre if overwrite_pre or not keep_pre else torch.empty_like(pre)
     act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre)
-    dx = dw1 = dw2 = dw3 = None
+    dw2 = None
     if need_w2:
         dw2 = torch.empty_like(w2)
         grouped_gemm_dw(dout, act_weighted, dw2.t(), None, routing)
     del act_weighted
-    if need_w1 or need_w3:
-        dw1 = torch.empty_like(w1)
-        dw3 = None if w3 is None else torch.empty_like(w1)
-        grouped_gemm_dw(x, dpre, dw1, dw3, routing)
-    if need_x:
-        dx_rows = x.new_empty(routing.num_rows, x.shape[1])
-        grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)
-        del dpre
-        dx = scatter_fwd(dx_rows, None, routing)
+    dx, dw1, dw3 = up_backward(dpre, x, w1, w3, routing, need_x, need_w1 or need_w3)
     grads = (dx, dweights, dw1, dw2, dw3)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
 

@@ -1,0 +1,27 @@
+"""What the layer and the up block have in common: gradients behind the pre-activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd
+from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dw
+from triton_moe.kernels.scatter import scatter_fwd
+from triton_moe.layout import Routing
+
+
+def up_backward(
+    dpre: Tensor, x: Tensor, w1: Tensor, w3: Tensor | None, routing: Routing, need_x: bool, need_weights: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradient of the pre-activation (ragged) -> those of x `(T, H)`, w1 and w3 `(H, S)`, as far as they are needed."""
+    dx = dw1 = dw3 = None
+    if need_weights:
+        dw1 = torch.empty_like(w1)
+        dw3 = None if w3 is None else torch.empty_like(w1)
+        grouped_gemm_dw(x, dpre, dw1, dw3, routing)
+    if need_x:
+        dx_rows = x.new_empty(routing.num_rows, x.shape[1])
+        grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)
+        dx = scatter_fwd(dx_rows, None, routing)
+    return dx, dw1, dw3
