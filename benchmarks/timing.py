@@ -86,7 +86,8 @@ class Memory:
     held: float | None
     """Device memory that the forward pass leaves allocated, whatever holds it: its output counts, x does not."""
     peak: float | None
-    """Most device memory allocated in forward and backward beyond what was there: activations and gradients."""
+    """Most device memory allocated in forward and backward beyond what was there, activations and gradients; the output
+    is let go before backward, as a model does whose next operation is an addition."""
 
 
 def memory(forward: Callable[[], Tensor], dout: Tensor, parameters: list[Tensor]) -> Memory:
@@ -111,7 +112,9 @@ def memory(forward: Callable[[], Tensor], dout: Tensor, parameters: list[Tensor]
     before = torch.cuda.memory_allocated()
     out = forward()
     held = torch.cuda.memory_allocated() - before
-    out.backward(dout)
+    edge = torch.autograd.graph.get_gradient_edge(out)
+    del out
+    torch.autograd.backward((edge,), (dout,))
     return Memory(saved, held / MIB, (torch.cuda.max_memory_allocated() - before) / MIB)
 
 

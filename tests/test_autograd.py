@@ -1,6 +1,6 @@
 """The layer among PyTorch's other features: checkpointing, frozen weights, retained graphs, memory options."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -72,12 +72,15 @@ def test_what_is_saved(device: str) -> None:
 
 
 def test_a_retained_graph_gives_the_same_gradients_again(device: str) -> None:
-    """Although the first backward overwrites the pre-activation."""
+    """Although the first backward overwrites the pre-activation and gives its memory back."""
     inputs = inputs_for(CASE, torch.float32, device)
     leaves = [getattr(inputs, name).clone().requires_grad_() for name in ("x", "topk_weights", "w1", "w2", "w3")]
     x, weights, *experts = leaves
     out = kernels(x, weights, inputs.topk_ids, *experts, layout=inputs.layout, activation="swiglu")
     first = torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
+    *_, pre, _ = cast(Any, out.grad_fn).saved_tensors
+    assert pre.numel() > 0
+    assert pre.untyped_storage().nbytes() == 0
     for again in range(2):
         second = torch.autograd.grad(out, leaves, inputs.dout, retain_graph=again == 0)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

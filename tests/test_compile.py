@@ -93,7 +93,7 @@ def test_compiles_within_shared_memory(capability: int) -> None:
     assert {f"grouped_gemm_{name}_kernel" for name in ("up_fwd", "down_fwd", "dh", "dw")} <= names
     assert {"route_count_kernel", "route_place_kernel", "gather_fwd_kernel", "scatter_fwd_kernel"} <= names
     assert {"router_fwd_kernel", "router_finish_kernel", "router_bwd_kernel"} <= names
-    assert {"activation_bwd_kernel", "scatter_bwd_weights_kernel", "sum_partials_kernel"} <= names
+    assert {"activation_bwd_kernel", "scatter_bwd_weights_kernel", "sum_partials_kernel", "transpose_kernel"} <= names
     assert [(name, shared) for name, shared, *_ in compiled if shared > 1024 * SHARED_MEMORY[capability]] == []
     if capability == 90:
         gemms = {name for name, *_ in compiled if name.startswith("grouped_gemm")}

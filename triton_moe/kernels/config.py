@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_moe.layout import ROW_ALIGNMENT, ExpertLayout, Routing
+from triton_moe.layout import ExpertLayout
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether the kernels were made for the interpreter, which is slow and wants small tiles."""
@@ -124,22 +124,6 @@ def divides_widths(block: int, layout: ExpertLayout) -> bool:
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor itself if its last dimension is contiguous, else a copy: the kernels take any row stride."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-_ROWS_WORTH_A_COPY = 16
-"""Rows an expert on average."""
-
-
-def loadable(w: Tensor, routing: Routing) -> Tensor:
-    """`w (H, S)` itself, or a copy with H contiguous if experts start where no wide load can, and rows are many.
-
-    In memory along S an expert of odd width leaves its neighbour at an odd address, for loads of one element each.
-    """
-    layout = routing.layout
-    aligned = w.stride(1) != 1 or math.gcd(ROW_ALIGNMENT, *layout.widths) == ROW_ALIGNMENT
-    if aligned or routing.num_rows < _ROWS_WORTH_A_COPY * layout.num_experts:
-        return w
-    return w.t().contiguous().t()
 
 
 def with_strides_of(tensor: Tensor, other: Tensor) -> Tensor:

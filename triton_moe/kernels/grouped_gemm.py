@@ -24,13 +24,13 @@ from triton_moe.kernels.config import (
     divides_widths,
     input_precision,
     layout_tables,
-    loadable,
     rows_contiguous,
     tile_config,
     with_strides_of,
 )
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.kernels.transpose import loadable
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 
@@ -144,7 +144,7 @@ def grouped_gemm_up_fwd(
         INPUT_PRECISION=input_precision(x.dtype),
     )  # fmt: skip
     w1 = loadable(w1, routing)
-    w3 = w1 if w3 is None else with_strides_of(w3, w1)
+    w3 = w1 if w3 is None else with_strides_of(loadable(w3, routing), w1)
     launch(
         (routing.num_row_blocks * num_tiles_n,), x, w1, w3, pre, out, hidden_size,
         x.stride(0), *w1.stride(), tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets,
@@ -180,7 +180,7 @@ def grouped_gemm_down_fwd(
         INPUT_PRECISION=input_precision(a.dtype),
     )  # fmt: skip
     w = loadable(w.t(), routing).t()
-    w_up = w if w_up is None else with_strides_of(w_up, w)
+    w_up = w if w_up is None else with_strides_of(loadable(w_up.t(), routing).t(), w)
     launch(
         (routing.num_row_blocks * num_tiles_n,), a, w, w_up, y, hidden_size, *w.stride(),
         tables.widths, tables.offsets, routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,

@@ -60,8 +60,8 @@ def _backward_impl(
 ) -> list[Tensor]:  # fmt: skip
     """-> those of dx, dweights, dw1, dw2 and dw3 that are needed. Unless it was kept, pre is computed once more.
 
-    With `overwrite_pre` its gradient takes its place: a fifth less memory at the peak, and nothing left for a second
-    backward.
+    With `overwrite_pre` its gradient takes its place and its memory is given back before dx exists: less at the peak,
+    and nothing left for a second backward.
     """
     routing = unpack(packed, topk_ids, layout_of(tuple(widths)))
     if not keep_pre:
@@ -75,7 +75,7 @@ def _backward_impl(
         dw2 = torch.empty_like(w2)
         grouped_gemm_dw(dout, act_weighted, dw2.t(), None, routing)
     del act_weighted
-    dx, dw1, dw3 = up_backward(dpre, x, w1, w3, routing, need_x, need_w1 or need_w3)
+    dx, dw1, dw3 = up_backward(dpre, x, w1, w3, routing, need_x, need_w1 or need_w3, consume=True)
     grads = (dx, dweights, dw1, dw2, dw3)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
 

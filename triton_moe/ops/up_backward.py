@@ -12,9 +12,13 @@ from triton_moe.layout import Routing
 
 
 def up_backward(
-    dpre: Tensor, x: Tensor, w1: Tensor, w3: Tensor | None, routing: Routing, need_x: bool, need_weights: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradient of the pre-activation (ragged) -> those of x `(T, H)`, w1 and w3 `(H, S)`, as far as they are needed."""
+    dpre: Tensor, x: Tensor, w1: Tensor, w3: Tensor | None, routing: Routing, need_x: bool, need_weights: bool,
+    consume: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradient of the pre-activation (ragged) -> those of x `(T, H)`, w1 and w3 `(H, S)`, as far as they are needed.
+
+    `consume`: dpre's memory is given back once it has been used, whoever else holds the tensor.
+    """
     dx = dw1 = dw3 = None
     if need_weights:
         dw1 = torch.empty_like(w1)
@@ -23,5 +27,7 @@ def up_backward(
     if need_x:
         dx_rows = x.new_empty(routing.num_rows, x.shape[1])
         grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)
+        if consume:
+            dpre.untyped_storage().resize_(0)
         dx = scatter_fwd(dx_rows, None, routing)
     return dx, dw1, dw3
