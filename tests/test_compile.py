@@ -70,7 +70,7 @@ for dtype, activation, widths, H in (
     ids, weights = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(64, 2, requires_grad=True)
     routing = route(ids, layout)
     operands = (w1, w2, w3 if gated else None)
-    moe_mlp.moe_mlp(x, weights, ids, *operands, layout, activation, "bounded", False).sum().backward()
+    moe_mlp.moe_mlp(x, weights, ids, *operands, layout, activation, "bounded", False, "auto").sum().backward()
     *routed, _, _ = router.route_tokens(x, empty(len(widths), H), None, layout, 2, "softmax", True, True)
     (routed[0].sum() + sum(routed[3:])).backward()
     odd_widths = False  # the building blocks read a caller's buffer exactly to the width

@@ -43,7 +43,7 @@ BAD = [
     ("w3", {"activation": "swiglu", "w3": W(3, 5)}, "shape (3, 6), got (3, 5)"),
     ("activation", {"activation": "swish"}, "one of relu_squared"),
     ("activation", {"activation": None}, "one of relu_squared"),
-    ("backend", {"backend": "cuda"}, "one of auto, triton, torch, got 'cuda'"),
+    ("backend", {"backend": "cuda"}, "one of auto, hopper, triton, torch, got 'cuda'"),
     ("layout", {"layout": (4, 2, 0)}, "an ExpertLayout, got tuple"),
     ("topk_ids", {"topk_ids": W(5, 2)}, "int32 or int64, got torch.float32"),
     ("topk_ids", {"topk_ids": W(5, 2, dtype=torch.uint8)}, "int32 or int64, got torch.uint8"),

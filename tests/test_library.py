@@ -43,9 +43,9 @@ def test_moe_mlp(activation: str, device: str) -> None:
     w3 = normal(H, S, device=device) if is_gated(activation) else None
     weights = torch.rand(T, K, device=device, requires_grad=True)
     arguments = (x, weights, ids(device), w1, w2, w3, LAYOUT.widths, activation)
-    opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, True))
+    opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, True, "auto"))
     with torch.no_grad():
-        opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, False))
+        opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, False, "auto"))
 
 
 @pytest.mark.parametrize("softmax", [False, True])

@@ -89,8 +89,8 @@ def _start(
         if (out / FILE_NAME).exists():
             raise ValueError(f"out: expected a folder without a run, got {out}, which has one: add --resume")
         config = TrainConfig.for_device(device.type, **given)
-    if config.backend == "triton" and device.type != "cuda":
-        raise ValueError(f"backend: expected auto or torch on {device.type}, got 'triton'")
+    if config.backend in ("hopper", "triton") and device.type != "cuda":
+        raise ValueError(f"backend: expected auto or torch on {device.type}, got {config.backend!r}")
     if config.compile and device.type != "cuda":
         raise ValueError(f"compile: expected a CUDA device, got {device.type}")
     corpus = Corpus.load(data)
@@ -170,7 +170,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or bf16: autocast.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Of the MoE layers: auto, triton or torch.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Of the MoE layers: auto, hopper, triton or torch.")] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Steps under torch.compile, as CUDA graphs.")
     ] = None,

@@ -19,7 +19,7 @@ from triton_moe import torch_backend
 from triton_moe.activations import is_gated
 from triton_moe.layout import ExpertLayout, Routing
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "hopper", "triton", "torch")
 ACTIVATION_MEMORY = ("bounded", "exact")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)
@@ -121,13 +121,29 @@ def runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str) 
     if backend not in BACKENDS:
         _fail("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     supported = dtype is None or dtype in _KERNEL_DTYPES
-    if backend == "triton":
+    if backend in ("hopper", "triton"):
         if not _has_kernels(device):
-            _fail("backend", "CUDA tensors (compute capability 8.0 or later) for 'triton'", f"tensors on {device}")
+            _fail("backend", f"CUDA tensors (compute capability 8.0 or later) for {backend!r}", f"tensors on {device}")
         if not supported:
-            _fail("x", "float32, bfloat16 or float16 for backend 'triton'", dtype)
+            _fail("x", f"float32, bfloat16 or float16 for backend {backend!r}", dtype)
         return True
     return backend == "auto" and device.type == "cuda" and supported and _has_kernels(device)
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _check_hopper(x: Tensor, layout: ExpertLayout) -> None:
+    """Raise ValueError if the Hopper kernels, which were asked for, do not exist for these experts."""
+    if not _is_hopper(x.device):
+        _fail("backend", "a device of compute capability 9.0 for 'hopper'", f"tensors on {x.device}")
+    if x.element_size() != 2:
+        _fail("x", "bfloat16 or float16 for backend 'hopper'", x.dtype)
+    odd = [size for size in (x.shape[-1], *layout.widths) if size % 64]
+    if odd:
+        _fail("layout", "H and every width a multiple of 64 for backend 'hopper'", odd[0])
 
 
 def check_router_input(
@@ -198,7 +214,8 @@ def moe_mlp(
         w2: `(S, H)`, likewise.
         layout: the experts' widths and offsets.
         activation: one of `triton_moe.activations.ACTIVATIONS`.
-        backend: "triton" (CUDA, compute capability 8.0 or later), "torch" (any device), or "auto": the first that can.
+        backend: "hopper" (compute capability 9.0, 16 bits, H and every width a multiple of 64), "triton" (CUDA, 8.0 or
+            later), "torch" (any device), or "auto": the first that can, "hopper" if there are rows enough for it.
         activation_memory: "bounded" sizes what is kept for backward by the widest expert, from what the host knows;
             "exact" by the routing, for which it reads one number back, not while a CUDA graph is captured.
         recompute: keep x and the routing alone, and compute the pre-activation once more in backward.
@@ -236,7 +253,11 @@ def moe_mlp(
     if runs_kernels(x.device, x.dtype, backend):
         if activation_memory == "exact" and _is_captured(x):
             _fail("activation_memory", "'bounded' while a CUDA graph is captured", "'exact'")
-        from triton_moe.ops.moe_mlp import moe_mlp as run
+        if backend == "hopper":
+            _check_hopper(x, layout)
+        from triton_moe.ops.moe_mlp import moe_mlp as on_kernels
+
+        run = functools.partial(on_kernels, backend=backend)
     else:
         run = torch_backend.moe_mlp
     tokens = x if x.dim() == 2 else x.reshape(num_tokens, hidden_size)

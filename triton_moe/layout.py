@@ -176,6 +176,8 @@ class Routing:
     """(E)"""
     block_m: int
     """Rows of a row block; 0 without a tile schedule."""
+    backend: str = "auto"
+    """Which kernels the GEMMs over these rows are: "triton", "hopper", or "auto"."""
     packed: Tensor | None = None
     """The one tensor that all but `topk_ids` are views of; None without a tile schedule."""
 

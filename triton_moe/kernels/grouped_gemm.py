@@ -28,6 +28,7 @@ from triton_moe.kernels.config import (
     tile_config,
     with_strides_of,
 )
+from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
 from triton_moe.kernels.transpose import loadable
@@ -138,15 +139,18 @@ def grouped_gemm_up_fwd(
     x is `(T, H)`, or `(R, H)` in expert order if not `gathered`; w1 and w3 `(H, S)` of any strides.
     """
     x, hidden_size = rows_contiguous(x), x.shape[1]
+    w1 = loadable(w1, routing)
+    w3 = None if w3 is None else with_strides_of(loadable(w3, routing), w1)
+    if hopper.takes(routing, hidden_size, x, w1, w3):
+        hopper.up_fwd(x, w1, w3, out, pre, routing, activation, gathered)
+        return
     launch, tables, num_tiles_n = _up_launcher(
         routing.layout, hidden_size, x.dtype, x.device, w3 is not None, TOP_K=routing.top_k, GATHER=gathered,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation),
         INPUT_PRECISION=input_precision(x.dtype),
     )  # fmt: skip
-    w1 = loadable(w1, routing)
-    w3 = w1 if w3 is None else with_strides_of(loadable(w3, routing), w1)
     launch(
-        (routing.num_row_blocks * num_tiles_n,), x, w1, w3, pre, out, hidden_size,
+        (routing.num_row_blocks * num_tiles_n,), x, w1, w1 if w3 is None else w3, pre, out, hidden_size,
         x.stride(0), *w1.stride(), tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets,
         routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip
@@ -175,13 +179,16 @@ def grouped_gemm_down_fwd(
     `finite`: what a holds past the widths cannot be NaN or infinite; loads are wider then.
     """
     hidden_size = w.shape[1]
+    w = loadable(w.t(), routing).t()
+    w_up = None if w_up is None else with_strides_of(loadable(w_up.t(), routing).t(), w)
+    if hopper.takes(routing, hidden_size, w, w_up):
+        hopper.down_fwd(a, w, w_up, y, routing)
+        return
     launch, tables, num_tiles_n = _down_launcher(
         routing.layout, hidden_size, a.dtype, a.device, PARTS=1 if w_up is None else 2, FINITE=finite,
         INPUT_PRECISION=input_precision(a.dtype),
     )  # fmt: skip
-    w = loadable(w.t(), routing).t()
-    w_up = w if w_up is None else with_strides_of(loadable(w_up.t(), routing).t(), w)
     launch(
-        (routing.num_row_blocks * num_tiles_n,), a, w, w_up, y, hidden_size, *w.stride(),
+        (routing.num_row_blocks * num_tiles_n,), a, w, w if w_up is None else w_up, y, hidden_size, *w.stride(),
         tables.widths, tables.offsets, routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip

@@ -28,6 +28,7 @@ from triton_moe.kernels.config import (
     rows_contiguous,
     tile_config,
 )
+from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import accumulate, block_rows, expert_columns, ragged_start, tile_dot
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
@@ -147,18 +148,22 @@ _SLOTS = 128
 
 
 @functools.lru_cache(maxsize=256)
-def _dh_launchers(
+def _dh_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
-) -> tuple[Launcher, Launcher, LayoutTables, int]:
-    """-> launchers of the product and of the sum, the layout's tables, column tiles of the widest expert."""
+) -> tuple[Launcher, LayoutTables, int]:
+    """-> launcher, the layout's tables, columns of a tile."""
     config, tables = tile_config("dh_gated" if gated else "dh", dtype, device), layout_tables(layout, device)
     launch = Launcher(
         grouped_gemm_dh_kernel, **options, GATED=gated, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
         EVEN_K=hidden_size % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
         **config._asdict(),
     )  # fmt: skip
-    launch_sum = Launcher(sum_partials_kernel, BLOCK_N=config.BLOCK_N, SLOTS=_SLOTS)
-    return launch, launch_sum, tables, cdiv(layout.max_width, config.BLOCK_N)
+    return launch, tables, config.BLOCK_N
+
+
+@functools.cache
+def _sum_launcher(block_n: int) -> Launcher:
+    return Launcher(sum_partials_kernel, BLOCK_N=block_n, SLOTS=_SLOTS)
 
 
 def grouped_gemm_dh(
@@ -170,19 +175,25 @@ def grouped_gemm_dh(
     (ragged, one part) and the gradient of the routing weights `(T, K)` in their dtype.
     """
     dout, hidden_size, num_slots = rows_contiguous(dout), dout.shape[1], routing.num_rows
-    launch, launch_sum, tables, num_tiles_n = _dh_launchers(
+    topk_weights, on_hopper = topk_weights.contiguous(), hopper.takes(routing, hidden_size, dout, w2)
+    launch, tables, block_n = _dh_launcher(
         routing.layout, hidden_size, pre.dtype, pre.device, is_gated(activation), TOP_K=routing.top_k,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype),
     )  # fmt: skip
+    block_n = hopper.BLOCK_N if on_hopper else block_n
+    num_tiles_n = cdiv(routing.layout.max_width, block_n)
     act_weighted = pre.new_empty(pre.numel() // 2 if is_gated(activation) else pre.numel())
     partial = torch.empty(num_slots * num_tiles_n, dtype=torch.float32, device=pre.device)
     dweights = torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=pre.device)
-    launch(
-        (routing.num_row_blocks * num_tiles_n,), dout, w2, pre, topk_weights.contiguous(), dpre, act_weighted,
-        partial, hidden_size, dout.stride(0), *w2.stride(), tables.widths, tables.offsets, routing.row_to_slot,
-        routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
-    )  # fmt: skip
-    launch_sum(
+    if on_hopper:
+        hopper.dh(dout, w2, pre, topk_weights, routing, activation, dpre, act_weighted, partial)
+    else:
+        launch(
+            (routing.num_row_blocks * num_tiles_n,), dout, w2, pre, topk_weights, dpre, act_weighted,
+            partial, hidden_size, dout.stride(0), *w2.stride(), tables.widths, tables.offsets, routing.row_to_slot,
+            routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
+        )  # fmt: skip
+    _sum_launcher(block_n)(
         (cdiv(num_slots, _SLOTS),), partial, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths,
         dweights, num_slots, num_tiles_n,
     )  # fmt: skip
@@ -212,6 +223,9 @@ def grouped_gemm_dw(
     transposed), dw_up has dw's.
     """
     x, hidden_size, parts = rows_contiguous(x), x.shape[1], 1 if dw_up is None else 2
+    if hopper.takes(routing, hidden_size, x, dw, dw_up):
+        hopper.dw(x, d, dw, dw_up, routing, gathered)
+        return
     launch, tables, num_tiles_m, num_tiles_n = _dw_launcher(
         routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, PARTS=parts,
         INPUT_PRECISION=input_precision(x.dtype),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 _MAX_COMPILED = 1024
@@ -27,7 +28,7 @@ class Launcher:
         self.options = options
         self._compiled: dict[tuple, tuple] = {}
 
-    def __call__(self, grid: tuple[int, ...], *args: Tensor | int | None) -> None:
+    def __call__(self, grid: tuple[int, ...], *args: Tensor | TensorDescriptor | int | None) -> None:
         if 0 in grid:
             return
         device = args[0].get_device()  # type: ignore[union-attr]
@@ -45,6 +46,9 @@ class Launcher:
             if arg is None or arg.__class__ is int:
                 values.append(arg)
                 key.append(arg)
+            elif arg.__class__ is TensorDescriptor:  # aligned, and written anew at every launch
+                values.append(arg)
+                key.append(arg.base.dtype)
             else:
                 address = arg.data_ptr()
                 addresses |= address

@@ -167,13 +167,13 @@ def packed_numel(num_slots: int, layout: ExpertLayout) -> int:
     return sum(_sizes(num_slots, layout))
 
 
-def unpack(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout) -> Routing:
+def unpack(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Routing:
     """The routing of `topk_ids` as views of `packed`, for kernels: one-dimensional, a few elements too long."""
     pieces = packed.split(_sizes(topk_ids.numel(), layout))
     counts, row_offsets, expert_order, ragged_offsets, row_blocks, row_to_slot, slot_to_row = pieces
     return Routing(
         layout, topk_ids, counts, row_offsets, ragged_offsets.view(torch.int64), row_to_slot, slot_to_row, row_blocks,
-        expert_order, BLOCK_M, packed,
+        expert_order, BLOCK_M, backend, packed,
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def trimmed(routing: Routing) -> Routing:
     )
 
 
-def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
+def route(topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Routing:
     """`topk_ids (T, K)` int32 or int64 -> `Routing` with the tile schedule, as `unpack` gives it.
 
     Ids outside [0, E) drop their slots.

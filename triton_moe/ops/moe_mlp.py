@@ -23,10 +23,10 @@ def _parts(w3: Tensor | None) -> int:
 
 def _forward(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
+    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> output `(T, H)`, the pre-activation (ragged; empty unless kept), the packed routing."""
-    routing = route(topk_ids, layout_of(tuple(widths)))
+    routing = route(topk_ids, layout_of(tuple(widths)), backend)
     size = routing.read_ragged_numel() if exact else routing.ragged_numel()
     pre = x.new_empty(_parts(w3) * size) if keep_pre else None
     act = x.new_empty(size)
@@ -40,7 +40,7 @@ def _forward(
 
 def _forward_fake(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
+    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout, num_rows = layout_of(tuple(widths)), topk_ids.numel()
     size = _parts(w3) * ragged_numel(num_rows, layout)
@@ -56,14 +56,14 @@ def _forward_fake(
 def _backward_impl(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
     pre: Tensor, packed: Tensor, needs: Sequence[bool], widths: Sequence[int], activation: str, exact: bool,
-    keep_pre: bool, overwrite_pre: bool = False,
+    keep_pre: bool, backend: str, overwrite_pre: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """-> those of dx, dweights, dw1, dw2 and dw3 that are needed. Unless it was kept, pre is computed once more.
 
     With `overwrite_pre` its gradient takes its place and its memory is given back before dx exists: less at the peak,
     and nothing left for a second backward.
     """
-    routing = unpack(packed, topk_ids, layout_of(tuple(widths)))
+    routing = unpack(packed, topk_ids, layout_of(tuple(widths)), backend)
     if not keep_pre:
         pre = x.new_empty(_parts(w3) * (routing.read_ragged_numel() if exact else routing.ragged_numel()))
         grouped_gemm_up_fwd(x, w1, w3, None, pre, routing, activation)
@@ -96,14 +96,15 @@ def _backward_fake(
 
 _moe_mlp_backward = Operator(
     "moe_mlp_backward(Tensor dout, Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, "
-    "Tensor pre, Tensor packed, bool[] needs, int[] widths, str activation, bool exact, bool keep_pre) -> Tensor[]",
+    "Tensor pre, Tensor packed, bool[] needs, int[] widths, str activation, bool exact, bool keep_pre, str backend) "
+    "-> Tensor[]",
     _backward_impl,
     _backward_fake,
 )
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *operands, ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre = inputs
+    *operands, ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre, ctx.backend = inputs
     _, pre, packed = output
     ctx.overwritten = False
     ctx.set_materialize_grads(False)
@@ -114,20 +115,20 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
 def _backward(ctx, dout, _dpre, _dpacked):
     """In eager calls the first one overwrites the pre-activation, another (`retain_graph=True`) computes it anew."""
     if dout is None:
-        return (None,) * 10
+        return (None,) * 11
     overwrite_pre = is_eager(ctx)
     x, weights, _, w1, w2, w3 = ctx.needs_input_grad[:6]
     needs = (x, weights, w1, w2, w3)
-    options = ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre and not ctx.overwritten
+    options = ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre and not ctx.overwritten, ctx.backend
     ctx.overwritten = overwrite_pre
     grads = iter(_moe_mlp_backward(dout, *ctx.saved_tensors, needs, *options, overwrite_pre=overwrite_pre))
     dx, dweights, dw1, dw2, dw3 = (next(grads) if needed else None for needed in needs)
-    return dx, dweights, None, dw1, dw2, dw3, *(None,) * 4
+    return dx, dweights, None, dw1, dw2, dw3, *(None,) * 5
 
 
 _moe_mlp = Operator(
     "moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, int[] widths, "
-    "str activation, bool exact, bool keep_pre) -> (Tensor, Tensor, Tensor)",
+    "str activation, bool exact, bool keep_pre, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _setup_context,
@@ -137,10 +138,10 @@ _moe_mlp = Operator(
 
 def moe_mlp(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout,
-    activation: str, activation_memory: str, recompute: bool,
+    activation: str, activation_memory: str, recompute: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)`."""
     operands = (x, topk_weights, w1, w2, w3)
     keep_pre = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     exact = activation_memory == "exact"
-    return _moe_mlp(x, topk_weights, topk_ids, w1, w2, w3, layout.widths, activation, exact, keep_pre)[0]
+    return _moe_mlp(x, topk_weights, topk_ids, w1, w2, w3, layout.widths, activation, exact, keep_pre, backend)[0]

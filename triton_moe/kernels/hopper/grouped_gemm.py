@@ -1,0 +1,238 @@
+"""Grouped GEMMs of rows with weights: up, down (and the gradient of x's rows), and the gradient behind down.
+
+Rows come by 16-byte asynchronous copies from anywhere, so gathered and ragged ones are alike; weights by TMA boxes. A
+box may stick out of an expert's columns, which are then not stored, but never out of its reduction: widths are
+multiples of 64, and so is H where it is the reduction.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from triton_moe.kernels.activation import act_fwd
+from triton_moe.kernels.hopper.pipeline import (
+    BLOCK_K,
+    HALF_M,
+    PRODUCER_THREADS,
+    advance,
+    async_copy,
+    copy_box,
+    copy_elements,
+    halves,
+    make_buffers,
+    make_ring,
+    mbarrier,
+    multiply,
+    store_rows,
+    wide_layout,
+)
+
+
+@gluon.jit
+def locate(tile, tables, num_tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """-> a tile's expert (negative: none), its width, first column in the packed weights, first row of the tile, that
+    row's place within the expert, rows from there on, first column."""
+    widths, offsets, row_offsets, row_blocks = tables
+    entry = row_blocks + 2 * (tile // num_tiles_n)
+    found = gl.load(entry)
+    expert = gl.maximum(found, 0)
+    start = gl.load(entry + 1) * BLOCK_M
+    width = gl.multiple_of(gl.load(widths + expert), 64)
+    first = gl.load(row_offsets + expert)
+    count = gl.load(row_offsets + expert + 1) - first
+    return found, width, gl.load(offsets + expert), first + start, start, count - start, tile % num_tiles_n * BLOCK_N
+
+
+@gluon.jit
+def ragged_rows(buffer, expert, start, width, ragged_offsets, PARTS: gl.constexpr):
+    """Pointer to row `start` of the expert's `(n_e, PARTS, width)` block of a ragged buffer."""
+    return buffer + PARTS * (gl.load(ragged_offsets + expert) + start.to(gl.int64) * width)
+
+
+@gluon.jit
+def copy_weights(w, k, n, bar, tile, B_BY_K: gl.constexpr):
+    """A box of `w` whose reduction starts at k and whose columns start at n."""
+    if B_BY_K:
+        copy_box(w, [n, k], bar, tile)
+    else:
+        copy_box(w, [k, n], bar, tile)
+
+
+@gluon.jit
+def produce(
+    operands,
+    RAGGED_A: gl.constexpr, PARTS: gl.constexpr, TOP_K: gl.constexpr, B_BY_K: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring for every tile of this program.
+
+    RAGGED_A: a is a ragged buffer of PARTS parts, the widths are the reduction, weights (S, H). Otherwise a has rows of
+    H elements, of tokens if TOP_K, else in expert order; weights (H, S). TILE_N: output columns of a tile; half of
+    BLOCK_N where w and w_up are multiplied side by side.
+    """
+    ring, a, w, w_up, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_at = operands
+    a_tiles, b_tiles, ready, empty = ring
+    layout: gl.constexpr = wide_layout(BLOCK_K)
+    rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    inner = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
+    stage = 0
+    phase = 1
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, width, offset, first_row, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, TILE_N)
+        width_left = 1 if RAGGED_A else width - col
+        if (expert >= 0) & (width_left > 0):
+            local = gl.minimum(rows, num_rows - 1)
+            if RAGGED_A:
+                a_rows = ragged_rows(a, expert, start, width, ragged_offsets, PARTS) + local * (PARTS * width)
+                num_steps = PARTS * width // BLOCK_K
+                k = offset
+                n = col
+            else:
+                source = first_row + local
+                if TOP_K > 0:
+                    source = gl.load(row_to_slot + source) // TOP_K
+                a_rows = a + source.to(gl.int64) * stride_at
+                num_steps = H // BLOCK_K
+                k = 0
+                n = offset + col
+            a_ptrs = a_rows[:, None] + inner[None, :]
+            for step in range(num_steps):
+                bar = ready.index(stage)
+                b_tile = b_tiles.index(stage)
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(bar, b_tiles.dtype.primitive_bitwidth // 8 * BLOCK_K * BLOCK_N)
+                if TILE_N < BLOCK_N:
+                    copy_weights(w, k, n, bar, b_tile.slice(0, TILE_N, 0 if B_BY_K else 1), B_BY_K)
+                    copy_weights(w_up, k, n, bar, b_tile.slice(TILE_N, TILE_N, 0 if B_BY_K else 1), B_BY_K)
+                elif RAGGED_A and PARTS == 2:
+                    if step * BLOCK_K < width:
+                        copy_weights(w, k, n, bar, b_tile, B_BY_K)
+                    else:
+                        copy_weights(w_up, k - width, n, bar, b_tile, B_BY_K)
+                else:
+                    copy_weights(w, k, n, bar, b_tile, B_BY_K)
+                pointers = a_ptrs + step * BLOCK_K
+                pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])  # in bytes, in elements
+                copy_elements(a_tiles.index(stage), pointers)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+                k += BLOCK_K
+                stage, phase = advance(stage, phase, STAGES)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def finish_up(
+    operands,
+    HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, KEEP_PRE: gl.constexpr,
+    KEEP_ACT: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    ring, buffers, pre, out, tables, ragged_offsets, num_tiles, num_tiles_n, H = operands
+    buffer = buffers.index(HALF)
+    PARTS: gl.constexpr = 2 if GATED else 1
+    HALF_N: gl.constexpr = BLOCK_N // 2
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, width, _, _, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N // PARTS)
+        if (expert >= 0) & (col < width):
+            start += HALF * HALF_M
+            num_rows -= HALF * HALF_M
+            acc, stage, phase = multiply(
+                ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+            )
+            left, right = halves(acc)
+            pre_tile = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
+            out_tile = ragged_rows(out, expert, start, width, ragged_offsets, 1) + col
+            if GATED:
+                if KEEP_PRE:
+                    store_rows(buffer, left, pre_tile, 2 * width, num_rows, width - col)
+                    store_rows(buffer, right, pre_tile + width, 2 * width, num_rows, width - col)
+                if KEEP_ACT:
+                    store_rows(buffer, act_fwd(left, ACTIVATION) * right, out_tile, width, num_rows, width - col)
+            else:
+                if KEEP_PRE:
+                    store_rows(buffer, left, pre_tile, width, num_rows, width - col)
+                    store_rows(buffer, right, pre_tile + HALF_N, width, num_rows, width - col - HALF_N)
+                if KEEP_ACT:
+                    store_rows(buffer, act_fwd(left, ACTIVATION), out_tile, width, num_rows, width - col)
+                    right = act_fwd(right, ACTIVATION)
+                    store_rows(buffer, right, out_tile + HALF_N, width, num_rows, width - col - HALF_N)
+
+
+@gluon.jit(do_not_specialize=["num_tiles"])
+def grouped_gemm_up_hopper_kernel(
+    x, w1, w3, pre, out, widths, offsets, row_offsets, row_blocks, row_to_slot, ragged_offsets,
+    H, stride_xt, num_tiles, num_tiles_n,
+    TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, KEEP_PRE: gl.constexpr, KEEP_ACT: gl.constexpr,
+    B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    TILE_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    ring = make_ring(
+        x.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
+        PRODUCER_THREADS + 1,
+    )  # fmt: skip
+    buffers = make_buffers(x.dtype.element_ty, 2, BLOCK_N // 2)
+    tables = (widths, offsets, row_offsets, row_blocks)
+    consumer = (ring, buffers, pre, out, tables, ragged_offsets, num_tiles, num_tiles_n, H)
+    producer = (ring, x, w1, w3, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_xt)
+    gl.warp_specialize(
+        [
+            (finish_up, (consumer, 0, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_up, (consumer, 1, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
+            (produce, (producer, False, 1, TOP_K, B_BY_K, BLOCK_M, BLOCK_N, TILE_N, STAGES)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+@gluon.jit
+def finish_down(
+    operands,
+    HALF: gl.constexpr, PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    ring, buffers, y, tables, num_tiles, num_tiles_n, H = operands
+    buffer = buffers.index(HALF)
+    HALF_N: gl.constexpr = BLOCK_N // 2
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, width, _, first_row, _, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N)
+        if expert >= 0:
+            num_rows -= HALF * HALF_M
+            acc, stage, phase = multiply(
+                ring, stage, phase, PARTS * width // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+            )
+            left, right = halves(acc)
+            start = y + (first_row + HALF * HALF_M).to(gl.int64) * H + col
+            store_rows(buffer, left, start, H, num_rows, H - col)
+            store_rows(buffer, right, start + HALF_N, H, num_rows, H - col - HALF_N)
+
+
+@gluon.jit(do_not_specialize=["num_tiles"])
+def grouped_gemm_down_hopper_kernel(
+    a, w, w_up, y, widths, offsets, row_offsets, row_blocks, ragged_offsets, H, num_tiles, num_tiles_n,
+    PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    ring = make_ring(
+        a.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
+        PRODUCER_THREADS + 1,
+    )  # fmt: skip
+    buffers = make_buffers(a.dtype.element_ty, 2, BLOCK_N // 2)
+    tables = (widths, offsets, row_offsets, row_blocks)
+    consumer = (ring, buffers, y, tables, num_tiles, num_tiles_n, H)
+    producer = (ring, a, w, w_up, tables, row_blocks, ragged_offsets, num_tiles, num_tiles_n, H, H)
+    gl.warp_specialize(
+        [
+            (finish_down, (consumer, 0, PARTS, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_down, (consumer, 1, PARTS, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
+            (produce, (producer, True, PARTS, 0, B_BY_K, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )

@@ -1,0 +1,264 @@
+"""Grouped GEMMs of the backward pass: `dh`, whose product never leaves the registers, and `dw`, ragged in its
+reduction. See `triton_moe.kernels.grouped_gemm_bwd` for the formulas."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from triton_moe.kernels.activation import act_bwd, act_fwd
+from triton_moe.kernels.hopper.grouped_gemm import locate, produce, ragged_rows
+from triton_moe.kernels.hopper.pipeline import (
+    BLOCK_K,
+    HALF_M,
+    PRODUCER_THREADS,
+    advance,
+    async_copy,
+    copy_elements,
+    halves,
+    load_rows,
+    make_buffers,
+    make_ring,
+    mbarrier,
+    multiply,
+    relaid,
+    store_rows,
+    wide_layout,
+)
+
+QUARTER_N = gl.constexpr(64)
+"""Columns that a consumer finishes at a time: never part of two experts, nor of gate and up."""
+
+
+@gluon.jit
+def finish_dh(
+    operands,
+    HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, B_BY_K: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    (ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
+     num_tiles, num_tiles_n, H) = operands  # fmt: skip
+    gate_buffer = buffers.index(2 * HALF)
+    up_buffer = buffers.index(2 * HALF + 1)
+    PARTS: gl.constexpr = 2 if GATED else 1
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, width, _, first_row, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N)
+        if (expert >= 0) & (col < width):
+            first_row += HALF * HALF_M
+            start += HALF * HALF_M
+            num_rows -= HALF * HALF_M
+            acc, stage, phase = multiply(
+                ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+            )
+            left, right = halves(acc)
+            q0, q1 = halves(left)
+            q2, q3 = halves(right)
+            quarters = (q0, q1, q2, q3)
+            layout: gl.constexpr = q0.type.layout
+            rows = gl.arange(0, HALF_M, layout=gl.SliceLayout(1, layout))
+            exists = rows < num_rows
+            slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
+            weight = gl.load(topk_weights + slots, mask=exists, other=0).to(gl.float32)[:, None]
+            dweights = gl.zeros((HALF_M,), gl.float32, gl.SliceLayout(1, layout))
+            pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
+            dpre_start = ragged_rows(dpre, expert, start, width, ragged_offsets, PARTS) + col
+            weighted_start = ragged_rows(act_weighted, expert, start, width, ragged_offsets, 1) + col
+            for q in gl.static_range(BLOCK_N // QUARTER_N):
+                here = q * QUARTER_N
+                if (col + here < width) & (num_rows > 0):
+                    stride = PARTS * width
+                    gate = load_rows(pre_start + here, stride, num_rows, QUARTER_N, HALF_M, QUARTER_N)
+                    if GATED:
+                        up = load_rows(pre_start + width + here, stride, num_rows, QUARTER_N, HALF_M, QUARTER_N)
+                        up = relaid(up_buffer, up, layout).to(gl.float32)
+                    else:
+                        up = 1.0
+                    gate = relaid(gate_buffer, gate, layout).to(gl.float32)
+                    act = act_fwd(gate, ACTIVATION)
+                    dact = quarters[q]
+                    dweights += gl.sum(dact * act * up, axis=1)
+                    dact *= weight
+                    store_rows(up_buffer, weight * act * up, weighted_start + here, width, num_rows, QUARTER_N)
+                    dgate = dact * up * act_bwd(gate, ACTIVATION)
+                    store_rows(gate_buffer, dgate, dpre_start + here, stride, num_rows, QUARTER_N)
+                    if GATED:
+                        store_rows(up_buffer, dact * act, dpre_start + width + here, stride, num_rows, QUARTER_N)
+            partials = dweights_partial + slots.to(gl.int64) * num_tiles_n + col // BLOCK_N
+            gl.store(partials, dweights, mask=exists)
+
+
+@gluon.jit(do_not_specialize=["num_tiles"])
+def grouped_gemm_dh_hopper_kernel(
+    dout, w2, pre, topk_weights, dpre, act_weighted, dweights_partial, widths, offsets, row_offsets, row_blocks,
+    row_to_slot, ragged_offsets, H, stride_dt, num_tiles, num_tiles_n,
+    TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, B_BY_K: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    ring = make_ring(
+        dout.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
+        PRODUCER_THREADS + 1,
+    )  # fmt: skip
+    buffers = make_buffers(dout.dtype.element_ty, 4, QUARTER_N)
+    tables = (widths, offsets, row_offsets, row_blocks)
+    consumer = (
+        ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
+        num_tiles, num_tiles_n, H,
+    )  # fmt: skip
+    producer = (ring, dout, w2, w2, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_dt)
+    gl.warp_specialize(
+        [
+            (finish_dh, (consumer, 0, ACTIVATION, GATED, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_dh, (consumer, 1, ACTIVATION, GATED, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
+            (produce, (producer, False, 1, TOP_K, B_BY_K, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+@gluon.jit
+def locate_dw(
+    tile, tables, num_tiles_m, num_tiles_n, H, PARTS: gl.constexpr, RAGGED_M: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """-> a tile's expert, its width, first column in the packed weights, first row, rows, and the tile's place in the
+    hidden dimension and in the expert's parts."""
+    widths, offsets, row_offsets, expert_order = tables
+    expert = gl.load(expert_order + tile // (num_tiles_m * num_tiles_n))
+    m = tile // num_tiles_n % num_tiles_m * BLOCK_M
+    n = tile % num_tiles_n * BLOCK_N
+    width = gl.multiple_of(gl.load(widths + expert), 64)
+    first_row = gl.load(row_offsets + expert)
+    num_rows = gl.load(row_offsets + expert + 1) - first_row
+    if RAGGED_M:
+        hidden = n
+        inner = m
+    else:
+        hidden = m
+        inner = n
+    return expert, width, gl.load(offsets + expert), first_row, num_rows, hidden, inner
+
+
+@gluon.jit
+def produce_dw(
+    operands,
+    PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_m, num_tiles_n, H, stride_xt = operands
+    a_tiles, b_tiles, ready, empty = ring
+    X_COLUMNS: gl.constexpr = BLOCK_N if RAGGED_M else BLOCK_M
+    D_COLUMNS: gl.constexpr = BLOCK_M if RAGGED_M else BLOCK_N
+    x_layout: gl.constexpr = wide_layout(X_COLUMNS)
+    d_layout: gl.constexpr = wide_layout(D_COLUMNS)
+    x_rows = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, x_layout))
+    x_cols = gl.arange(0, X_COLUMNS, layout=gl.SliceLayout(0, x_layout))
+    d_rows = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, d_layout))
+    d_cols = gl.arange(0, D_COLUMNS, layout=gl.SliceLayout(0, d_layout))
+    stage = 0
+    phase = 1
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, width, _, first_row, num_rows, hidden, inner = locate_dw(
+            tile, tables, num_tiles_m, num_tiles_n, H, PARTS, RAGGED_M, BLOCK_M, BLOCK_N
+        )
+        if inner < PARTS * width:
+            x_inside = (x_cols // 8 < (H - hidden) // 8)[None, :]
+            d_inside = (d_cols // 8 < (PARTS * width - inner) // 8)[None, :]
+            d_start = d + PARTS * gl.load(ragged_offsets + expert) + inner
+            source = first_row + x_rows
+            if TOP_K > 0:
+                source = gl.load(row_to_slot + source, mask=x_rows < num_rows, other=0) // TOP_K
+            for step in range(gl.cdiv(num_rows, BLOCK_K)):
+                rows_left = num_rows - step * BLOCK_K
+                x_ptrs = x + hidden + (source.to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
+                x_ptrs = gl.max_contiguous(gl.multiple_of(x_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
+                d_ptrs = d_start + (d_rows * (PARTS * width))[:, None] + d_cols[None, :]
+                d_ptrs = gl.max_contiguous(gl.multiple_of(d_ptrs, [1, 16]), [1, 8])
+                x_mask = (x_rows < rows_left)[:, None] & x_inside
+                d_mask = (d_rows < rows_left)[:, None] & d_inside
+                mbarrier.wait(empty.index(stage), phase)
+                if RAGGED_M:
+                    copy_elements(a_tiles.index(stage), d_ptrs, d_mask)
+                    copy_elements(b_tiles.index(stage), x_ptrs, x_mask)
+                else:
+                    copy_elements(a_tiles.index(stage), x_ptrs, x_mask)
+                    copy_elements(b_tiles.index(stage), d_ptrs, d_mask)
+                async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+                d_start += BLOCK_K * PARTS * width.to(gl.int64)
+                source = first_row + (step + 1) * BLOCK_K + x_rows
+                if TOP_K > 0:
+                    source = gl.load(row_to_slot + source, mask=x_rows < rows_left - BLOCK_K, other=0) // TOP_K
+                stage, phase = advance(stage, phase, STAGES)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def finish_dw(
+    operands,
+    HALF: gl.constexpr, PARTS: gl.constexpr, RAGGED_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w = operands
+    buffer = buffers.index(HALF)
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        _, width, offset, _, num_rows, hidden, inner = locate_dw(
+            tile, tables, num_tiles_m, num_tiles_n, H, PARTS, RAGGED_M, BLOCK_M, BLOCK_N
+        )
+        if inner < PARTS * width:
+            if RAGGED_M:
+                inner += HALF * HALF_M
+                inside = inner < PARTS * width
+            else:
+                hidden += HALF * HALF_M
+                inside = hidden < H
+            acc, stage, phase = multiply(
+                ring, stage, phase, gl.cdiv(num_rows, BLOCK_K), inside, HALF, BLOCK_N, STAGES, False, False
+            )
+            left, right = halves(acc)
+            q0, q1 = halves(left)
+            q2, q3 = halves(right)
+            quarters = (q0, q1, q2, q3)
+            for q in gl.static_range(BLOCK_N // QUARTER_N):
+                if inner < PARTS * width:
+                    target = gl.where(inner < width, dw, dw_up)
+                    column = (offset + inner - gl.where(inner < width, 0, width)).to(gl.int64)
+                    if RAGGED_M:
+                        start = target + column * stride_w + hidden
+                        store_rows(buffer, quarters[q], start, stride_w, QUARTER_N, H - hidden)
+                    else:
+                        start = target + hidden.to(gl.int64) * stride_w + column
+                        store_rows(buffer, quarters[q], start, stride_w, H - hidden, QUARTER_N)
+                if RAGGED_M:
+                    hidden += QUARTER_N
+                else:
+                    inner += QUARTER_N
+
+
+@gluon.jit(do_not_specialize=["num_tiles"])
+def grouped_gemm_dw_hopper_kernel(
+    x, d, dw, dw_up, widths, offsets, row_offsets, expert_order, row_to_slot, ragged_offsets,
+    H, stride_xt, stride_w, num_tiles, num_tiles_m, num_tiles_n,
+    PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, PRODUCER_THREADS)
+    buffers = make_buffers(x.dtype.element_ty, 2, QUARTER_N)
+    tables = (widths, offsets, row_offsets, expert_order)
+    consumer = (ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w)
+    producer = (
+        ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_m, num_tiles_n, H, stride_xt
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (finish_dw, (consumer, 0, PARTS, RAGGED_M, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_dw, (consumer, 1, PARTS, RAGGED_M, BLOCK_M, BLOCK_N, STAGES)),
+            (produce_dw, (producer, PARTS, RAGGED_M, TOP_K, BLOCK_M, BLOCK_N, STAGES)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )

@@ -1,0 +1,154 @@
+"""When the Hopper kernels run, and their launches: the functions of `triton_moe.kernels.grouped_gemm` and `_bwd`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from triton_moe.activations import GATE_ACTIVATION, is_gated
+from triton_moe.kernels.config import BLOCK_M, INTERPRETED, LayoutTables, capability, cdiv, layout_tables
+from triton_moe.kernels.hopper.grouped_gemm import grouped_gemm_down_hopper_kernel, grouped_gemm_up_hopper_kernel
+from triton_moe.kernels.hopper.grouped_gemm_bwd import grouped_gemm_dh_hopper_kernel, grouped_gemm_dw_hopper_kernel
+from triton_moe.kernels.launch import Launcher
+from triton_moe.layout import ExpertLayout, Routing
+
+BLOCK_N = 256
+_BLOCK_K = 64
+_ROWS_WORTH_IT = 8192
+"""Fewer rows are left to the portable kernels, whose tiles are smaller and whose launches are shorter."""
+
+
+@functools.lru_cache(maxsize=256)
+def fits(layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels exist for a layer: compute capability 9.0, 16 bits, H and every width multiples of 64."""
+    return (
+        not INTERPRETED
+        and device.type == "cuda"
+        and capability(device) == (9, 0)
+        and dtype.itemsize == 2
+        and math.gcd(_BLOCK_K, hidden_size, *layout.widths) == _BLOCK_K
+    )
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether rows or columns are contiguous and each starts at 16 bytes."""
+    outer, inner = max(matrix.stride()), min(matrix.stride())
+    return inner == 1 and outer % 8 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def takes(routing: Routing, hidden_size: int, *matrices: Tensor | None) -> bool:
+    """Whether a product of these matrices over these rows runs here."""
+    first = matrices[0]
+    assert first is not None
+    return (
+        routing.backend != "triton"
+        and (routing.backend == "hopper" or routing.num_rows >= _ROWS_WORTH_IT)
+        and fits(routing.layout, hidden_size, first.dtype, first.device)
+        and all(matrix is None or _aligned(matrix) for matrix in matrices)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_layout(box: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.float16 if dtype == torch.float16 else gl.bfloat16)
+
+
+def _boxes(w: Tensor, columns: int, by_k: bool) -> TensorDescriptor:
+    """`w (reduction, columns)` in boxes of 64 x `columns`, as it lies in memory: `by_k` along the reduction."""
+    box = (columns, _BLOCK_K) if by_k else (_BLOCK_K, columns)
+    return TensorDescriptor.from_tensor(w.t() if by_k else w, list(box), _shared_layout(box, w.dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def _num_programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(
+    kernel: Any, layout: ExpertLayout, device: torch.device, registers: tuple[int, int], **options: Any
+) -> tuple[Launcher, LayoutTables, int]:
+    """-> launcher, the layout's tables, programs. `registers`: of a producer's thread and of a consumer's."""
+    launch = Launcher(
+        kernel, **options, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=4, PRODUCER_REGISTERS=registers[0],
+        CONSUMER_REGISTERS=registers[1], num_warps=4,
+    )  # fmt: skip
+    return launch, layout_tables(layout, device), _num_programs(device)
+
+
+_FEW, _MANY = (40, 232), (72, 216)
+"""Registers of producer and consumer threads: 128 producers and 256 consumers share 64,512."""
+
+
+def up_fwd(
+    x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor | None, pre: Tensor | None, routing: Routing,
+    activation: str, gathered: bool,
+) -> None:  # fmt: skip
+    layout, gated, by_k = routing.layout, w3 is not None, w1.stride(1) != 1
+    launch, tables, programs = _launcher(
+        grouped_gemm_up_hopper_kernel, layout, x.device, _FEW, TOP_K=routing.top_k if gathered else 0,
+        ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, KEEP_PRE=pre is not None,
+        KEEP_ACT=out is not None, B_BY_K=by_k,
+    )  # fmt: skip
+    columns = BLOCK_N // 2 if gated else BLOCK_N
+    num_tiles_n = cdiv(layout.max_width, columns)
+    w = _boxes(w1, columns, by_k)
+    launch(
+        (programs,), x, w, w if w3 is None else _boxes(w3, columns, by_k), out if pre is None else pre,
+        pre if out is None else out, tables.widths, tables.offsets, routing.row_offsets, routing.row_blocks,
+        routing.row_to_slot, routing.ragged_offsets, x.shape[1], x.stride(0), routing.num_row_blocks * num_tiles_n,
+        num_tiles_n,
+    )  # fmt: skip
+
+
+def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
+    hidden_size, by_k = w.shape[1], w.stride(1) != 1
+    launch, tables, programs = _launcher(
+        grouped_gemm_down_hopper_kernel, routing.layout, a.device, _FEW, PARTS=1 if w_up is None else 2, B_BY_K=by_k
+    )
+    num_tiles_n = cdiv(hidden_size, BLOCK_N)
+    boxes = _boxes(w, BLOCK_N, by_k)
+    launch(
+        (programs,), a, boxes, boxes if w_up is None else _boxes(w_up, BLOCK_N, by_k), y, tables.widths, tables.offsets,
+        routing.row_offsets, routing.row_blocks, routing.ragged_offsets, hidden_size,
+        routing.num_row_blocks * num_tiles_n, num_tiles_n,
+    )  # fmt: skip
+
+
+def dh(
+    dout: Tensor, w2: Tensor, pre: Tensor, topk_weights: Tensor, routing: Routing, activation: str, dpre: Tensor,
+    act_weighted: Tensor, dweights_partial: Tensor,
+) -> None:  # fmt: skip
+    """`dweights_partial (R, tiles)`: a partial sum for each tile of BLOCK_N columns."""
+    by_k = w2.stride(1) == 1
+    launch, tables, programs = _launcher(
+        grouped_gemm_dh_hopper_kernel, routing.layout, dout.device, _FEW, TOP_K=routing.top_k,
+        ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=is_gated(activation), B_BY_K=by_k,
+    )  # fmt: skip
+    num_tiles_n = cdiv(routing.layout.max_width, BLOCK_N)
+    launch(
+        (programs,), dout, _boxes(w2.t(), BLOCK_N, by_k), pre, topk_weights, dpre, act_weighted, dweights_partial,
+        tables.widths, tables.offsets, routing.row_offsets, routing.row_blocks, routing.row_to_slot,
+        routing.ragged_offsets, dout.shape[1], dout.stride(0), routing.num_row_blocks * num_tiles_n, num_tiles_n,
+    )  # fmt: skip
+
+
+def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing, gathered: bool) -> None:
+    layout, hidden_size, parts, ragged_m = routing.layout, x.shape[1], 1 if dw_up is None else 2, dw.stride(1) != 1
+    launch, tables, programs = _launcher(
+        grouped_gemm_dw_hopper_kernel, layout, x.device, _MANY, PARTS=parts, RAGGED_M=ragged_m,
+        TOP_K=routing.top_k if gathered else 0,
+    )  # fmt: skip
+    across, down = (hidden_size, parts * layout.max_width)[:: 1 if ragged_m else -1]
+    num_tiles_m, num_tiles_n = cdiv(down, BLOCK_M), cdiv(across, BLOCK_N)
+    launch(
+        (programs,), x, d, dw, dw if dw_up is None else dw_up, tables.widths, tables.offsets, routing.row_offsets,
+        routing.expert_order, routing.row_to_slot, routing.ragged_offsets, hidden_size, x.stride(0),
+        max(dw.stride()), layout.num_experts * num_tiles_m * num_tiles_n, num_tiles_m, num_tiles_n,
+    )  # fmt: skip

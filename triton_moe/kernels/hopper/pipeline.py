@@ -1,0 +1,157 @@
+"""What the Hopper GEMMs share: a ring of stages in shared memory, filled by one producer, drained by two consumers.
+
+A program stays on its multiprocessor and takes every n-th tile. It is three warpgroups: the producer copies a stage's
+two operand tiles into shared memory; each consumer multiplies its half of the rows, 64 x BLOCK_N, and finishes them
+while the other goes on. `ready` and `empty` are a barrier each a stage: its tiles are there; both have read them.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+BLOCK_K = gl.constexpr(64)
+"""Reduction of a stage: one 128-byte line of 16-bit elements."""
+HALF_M = gl.constexpr(64)
+"""Rows of a consumer."""
+PRODUCER_THREADS = gl.constexpr(128)
+
+# triton 3.9 renamed these.
+copy_elements = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.constexpr_function
+def shared_layout(shape, element):
+    return gl.NVMMASharedLayout.get_default_for([int(n) for n in shape], element)
+
+
+@gluon.constexpr_function
+def accumulator_layout(columns):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def wide_layout(columns):
+    """16 bytes a thread, rows of `columns` 16-bit elements."""
+    across = min(32, columns // 8)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.jit
+def make_ring(
+    element: gl.constexpr, A_SHAPE_0: gl.constexpr, A_SHAPE_1: gl.constexpr, B_SHAPE_0: gl.constexpr,
+    B_SHAPE_1: gl.constexpr, STAGES: gl.constexpr, READY_COUNT: gl.constexpr,
+):  # fmt: skip
+    """-> operand tiles a and b, barriers ready and empty. `READY_COUNT`: arrivals that make a stage ready."""
+    a_layout: gl.constexpr = shared_layout([A_SHAPE_0, A_SHAPE_1], element)
+    b_layout: gl.constexpr = shared_layout([B_SHAPE_0, B_SHAPE_1], element)
+    a = gl.allocate_shared_memory(element, [STAGES, A_SHAPE_0, A_SHAPE_1], a_layout)
+    b = gl.allocate_shared_memory(element, [STAGES, B_SHAPE_0, B_SHAPE_1], b_layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=READY_COUNT)
+        mbarrier.init(empty.index(stage), count=2)
+    return a, b, ready, empty
+
+
+@gluon.jit
+def make_buffers(element: gl.constexpr, NUMBER: gl.constexpr, COLUMNS: gl.constexpr):
+    """Tiles for consumers to change layouts in."""
+    return gl.allocate_shared_memory(element, [NUMBER, HALF_M, COLUMNS], shared_layout([HALF_M, COLUMNS], element))
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    wrapped = stage == STAGES
+    return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def before(stage, STAGES: gl.constexpr):
+    """The stage before. Not a variable kept from the last step: one that starts as another's alias is not carried."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def multiply(
+    ring, stage, phase, num_steps, has_rows,
+    HALF: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, A_BY_K: gl.constexpr, B_BY_K: gl.constexpr,
+):  # fmt: skip
+    """Sum of `num_steps` stages' products (64, BLOCK_N) in fp32, and the ring's next stage and phase.
+
+    A_BY_K, B_BY_K: the operand's tile is stored with the reduction contiguous. Without rows (`has_rows`) the stages
+    are released unread.
+    """
+    a_tiles, b_tiles, ready, empty = ring
+    acc = gl.zeros((HALF_M, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
+    if has_rows:
+        for step in range(num_steps):
+            mbarrier.wait(ready.index(stage), phase)
+            fence_async_shared()
+            if A_BY_K:
+                a = a_tiles.index(stage).slice(HALF * HALF_M, HALF_M, 0)
+            else:
+                a = a_tiles.index(stage).slice(HALF * HALF_M, HALF_M, 1).permute((1, 0))
+            b = b_tiles.index(stage).permute((1, 0)) if B_BY_K else b_tiles.index(stage)
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=step > 0)
+            stage, phase = advance(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=num_steps > 0)
+    else:
+        for _ in range(num_steps):
+            mbarrier.wait(ready.index(stage), phase)
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = advance(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@gluon.jit
+def halves(tile):
+    """Left and right half of a tile's columns."""
+    return tile.reshape((tile.shape[0], 2, tile.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def relaid(buffer, tile, layout: gl.constexpr):
+    """The tile in another layout, by way of shared memory."""
+    buffer.store(tile)
+    return buffer.load(layout)
+
+
+@gluon.jit
+def row_pointers(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Pointers to a tile of 16-bit elements and which of them are within num_rows and num_cols (a multiple of 8), 16
+    bytes a thread. `start` and the rows must be aligned so."""
+    layout: gl.constexpr = wide_layout(COLUMNS)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    pointers = start + rows[:, None] * stride + cols[None, :]
+    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])  # in bytes, in elements
+    return pointers, (rows < num_rows)[:, None] & (cols // 8 < num_cols // 8)[None, :]
+
+
+@gluon.jit
+def load_rows(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A tile in `wide_layout`, zeros outside of num_rows and num_cols; see `row_pointers`."""
+    pointers, mask = row_pointers(start, stride, num_rows, num_cols, ROWS, COLUMNS)
+    return gl.load(pointers, mask=mask, other=0)
+
+
+@gluon.jit
+def store_rows(buffer, tile, start, stride, num_rows, num_cols):
+    """The part of a tile, of any layout, within num_rows and num_cols; see `row_pointers`."""
+    pointers, mask = row_pointers(start, stride, num_rows, num_cols, tile.shape[0], tile.shape[1])
+    gl.store(pointers, relaid(buffer, tile.to(buffer.dtype), wide_layout(tile.shape[1])), mask=mask)
