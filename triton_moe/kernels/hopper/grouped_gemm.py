@@ -14,17 +14,21 @@ from triton_moe.kernels.activation import act_fwd
 from triton_moe.kernels.hopper.pipeline import (
     BLOCK_K,
     HALF_M,
+    PIECE_N,
     PRODUCER_THREADS,
     advance,
     async_copy,
     copy_box,
     copy_elements,
-    halves,
+    fence_async_shared,
     make_buffers,
     make_ring,
     mbarrier,
     multiply,
+    pieces,
+    store_box,
     store_rows,
+    tma,
     wide_layout,
 )
 
@@ -129,36 +133,34 @@ def finish_up(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     ring, buffers, pre, out, tables, ragged_offsets, num_tiles, num_tiles_n, H = operands
-    buffer = buffers.index(HALF)
     PARTS: gl.constexpr = 2 if GATED else 1
-    HALF_N: gl.constexpr = BLOCK_N // 2
+    TILE_N: gl.constexpr = BLOCK_N // PARTS
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, width, _, _, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N // PARTS)
+        expert, width, _, _, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, TILE_N)
         if (expert >= 0) & (col < width):
             start += HALF * HALF_M
             num_rows -= HALF * HALF_M
             acc, stage, phase = multiply(
                 ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
             )
-            left, right = halves(acc)
-            pre_tile = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
-            out_tile = ragged_rows(out, expert, start, width, ragged_offsets, 1) + col
-            if GATED:
+            tiles = pieces(acc)
+            pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
+            out_start = ragged_rows(out, expert, start, width, ragged_offsets, 1) + col
+            for p in gl.static_range(TILE_N // PIECE_N):
+                at = p * PIECE_N
+                num_cols = width - col - at
+                act = act_fwd(tiles[p], ACTIVATION)
+                if GATED:
+                    act *= tiles[p + 2]
                 if KEEP_PRE:
-                    store_rows(buffer, left, pre_tile, 2 * width, num_rows, width - col)
-                    store_rows(buffer, right, pre_tile + width, 2 * width, num_rows, width - col)
+                    store_rows(buffers.index(2 * HALF), tiles[p], pre_start + at, PARTS * width, num_rows, num_cols)
+                if KEEP_PRE and GATED:
+                    up_start = pre_start + width + at
+                    store_rows(buffers.index(2 * HALF), tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
                 if KEEP_ACT:
-                    store_rows(buffer, act_fwd(left, ACTIVATION) * right, out_tile, width, num_rows, width - col)
-            else:
-                if KEEP_PRE:
-                    store_rows(buffer, left, pre_tile, width, num_rows, width - col)
-                    store_rows(buffer, right, pre_tile + HALF_N, width, num_rows, width - col - HALF_N)
-                if KEEP_ACT:
-                    store_rows(buffer, act_fwd(left, ACTIVATION), out_tile, width, num_rows, width - col)
-                    right = act_fwd(right, ACTIVATION)
-                    store_rows(buffer, right, out_tile + HALF_N, width, num_rows, width - col - HALF_N)
+                    store_rows(buffers.index(2 * HALF + 1), act, out_start + at, width, num_rows, num_cols)
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
@@ -174,7 +176,7 @@ def grouped_gemm_up_hopper_kernel(
         x.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
         PRODUCER_THREADS + 1,
     )  # fmt: skip
-    buffers = make_buffers(x.dtype.element_ty, 2, BLOCK_N // 2)
+    buffers = make_buffers(x.dtype.element_ty, PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
     consumer = (ring, buffers, pre, out, tables, ragged_offsets, num_tiles, num_tiles_n, H)
     producer = (ring, x, w1, w3, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_xt)
@@ -195,9 +197,7 @@ def finish_down(
     HALF: gl.constexpr, PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, buffers, y, tables, num_tiles, num_tiles_n, H = operands
-    buffer = buffers.index(HALF)
-    HALF_N: gl.constexpr = BLOCK_N // 2
+    ring, buffers, y, y_boxes, tables, num_tiles, num_tiles_n, H = operands
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -207,15 +207,24 @@ def finish_down(
             acc, stage, phase = multiply(
                 ring, stage, phase, PARTS * width // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
             )
-            left, right = halves(acc)
-            start = y + (first_row + HALF * HALF_M).to(gl.int64) * H + col
-            store_rows(buffer, left, start, H, num_rows, H - col)
-            store_rows(buffer, right, start + HALF_N, H, num_rows, H - col - HALF_N)
+            tiles = pieces(acc)
+            first_row += HALF * HALF_M
+            for p in gl.static_range(BLOCK_N // PIECE_N):
+                buffer = buffers.index(2 * HALF + p % 2)
+                at = col + p * PIECE_N
+                tma.store_wait(pendings=1)
+                if num_rows >= HALF_M:
+                    buffer.store(tiles[p].to(buffer.dtype))
+                    fence_async_shared()
+                    store_box(y_boxes, [first_row, at], buffer)
+                else:
+                    store_rows(buffer, tiles[p], y + first_row.to(gl.int64) * H + at, H, num_rows, H - at)
+    tma.store_wait(pendings=0)
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
 def grouped_gemm_down_hopper_kernel(
-    a, w, w_up, y, widths, offsets, row_offsets, row_blocks, ragged_offsets, H, num_tiles, num_tiles_n,
+    a, w, w_up, y, y_boxes, widths, offsets, row_offsets, row_blocks, ragged_offsets, H, num_tiles, num_tiles_n,
     PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -223,9 +232,9 @@ def grouped_gemm_down_hopper_kernel(
         a.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
         PRODUCER_THREADS + 1,
     )  # fmt: skip
-    buffers = make_buffers(a.dtype.element_ty, 2, BLOCK_N // 2)
+    buffers = make_buffers(a.dtype.element_ty, PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
-    consumer = (ring, buffers, y, tables, num_tiles, num_tiles_n, H)
+    consumer = (ring, buffers, y, y_boxes, tables, num_tiles, num_tiles_n, H)
     producer = (ring, a, w, w_up, tables, row_blocks, ragged_offsets, num_tiles, num_tiles_n, H, H)
     gl.warp_specialize(
         [

@@ -11,6 +11,7 @@ from triton_moe.kernels.hopper.grouped_gemm import locate, produce, ragged_rows
 from triton_moe.kernels.hopper.pipeline import (
     BLOCK_K,
     HALF_M,
+    PIECE_N,
     PRODUCER_THREADS,
     advance,
     async_copy,
@@ -21,13 +22,15 @@ from triton_moe.kernels.hopper.pipeline import (
     make_ring,
     mbarrier,
     multiply,
+    pieces,
     relaid,
     store_rows,
     wide_layout,
 )
 
-QUARTER_N = gl.constexpr(64)
-"""Columns that a consumer finishes at a time: never part of two experts, nor of gate and up."""
+
+DH_PIECE_N = gl.constexpr(32)
+"""Columns that a consumer of dh finishes at a time: with more, its registers would not suffice."""
 
 
 @gluon.jit
@@ -49,42 +52,48 @@ def finish_dh(
             first_row += HALF * HALF_M
             start += HALF * HALF_M
             num_rows -= HALF * HALF_M
+            stride = PARTS * width
+            pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
+            dpre_start = ragged_rows(dpre, expert, start, width, ragged_offsets, PARTS) + col
+            weighted_start = ragged_rows(act_weighted, expert, start, width, ragged_offsets, 1) + col
+            next_gate = load_rows(pre_start, stride, num_rows, width - col, HALF_M, DH_PIECE_N)
+            if GATED:
+                next_up = load_rows(pre_start + width, stride, num_rows, width - col, HALF_M, DH_PIECE_N)
             acc, stage, phase = multiply(
                 ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
             )
-            left, right = halves(acc)
-            q0, q1 = halves(left)
-            q2, q3 = halves(right)
-            quarters = (q0, q1, q2, q3)
-            layout: gl.constexpr = q0.type.layout
+            t0, t1, t2, t3 = pieces(acc)
+            p0, p1 = halves(t0)
+            p2, p3 = halves(t1)
+            p4, p5 = halves(t2)
+            p6, p7 = halves(t3)
+            tiles = (p0, p1, p2, p3, p4, p5, p6, p7)
+            layout: gl.constexpr = tiles[0].type.layout
             rows = gl.arange(0, HALF_M, layout=gl.SliceLayout(1, layout))
             exists = rows < num_rows
             slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
             weight = gl.load(topk_weights + slots, mask=exists, other=0).to(gl.float32)[:, None]
             dweights = gl.zeros((HALF_M,), gl.float32, gl.SliceLayout(1, layout))
-            pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
-            dpre_start = ragged_rows(dpre, expert, start, width, ragged_offsets, PARTS) + col
-            weighted_start = ragged_rows(act_weighted, expert, start, width, ragged_offsets, 1) + col
-            for q in gl.static_range(BLOCK_N // QUARTER_N):
-                here = q * QUARTER_N
-                if (col + here < width) & (num_rows > 0):
-                    stride = PARTS * width
-                    gate = load_rows(pre_start + here, stride, num_rows, QUARTER_N, HALF_M, QUARTER_N)
-                    if GATED:
-                        up = load_rows(pre_start + width + here, stride, num_rows, QUARTER_N, HALF_M, QUARTER_N)
-                        up = relaid(up_buffer, up, layout).to(gl.float32)
-                    else:
-                        up = 1.0
-                    gate = relaid(gate_buffer, gate, layout).to(gl.float32)
+            for p in gl.static_range(BLOCK_N // DH_PIECE_N):
+                at = p * DH_PIECE_N
+                if (col + at < width) & (num_rows > 0):
+                    gate = relaid(gate_buffer, next_gate, layout).to(gl.float32)
+                    up = relaid(up_buffer, next_up, layout).to(gl.float32) if GATED else 1.0
+                    if p + 1 < BLOCK_N // DH_PIECE_N:
+                        after = pre_start + at + DH_PIECE_N
+                        cols_after = width - col - at - DH_PIECE_N
+                        next_gate = load_rows(after, stride, num_rows, cols_after, HALF_M, DH_PIECE_N)
+                        if GATED:
+                            next_up = load_rows(after + width, stride, num_rows, cols_after, HALF_M, DH_PIECE_N)
                     act = act_fwd(gate, ACTIVATION)
-                    dact = quarters[q]
+                    dact = tiles[p]
                     dweights += gl.sum(dact * act * up, axis=1)
                     dact *= weight
-                    store_rows(up_buffer, weight * act * up, weighted_start + here, width, num_rows, QUARTER_N)
+                    store_rows(up_buffer, weight * act * up, weighted_start + at, width, num_rows, DH_PIECE_N)
                     dgate = dact * up * act_bwd(gate, ACTIVATION)
-                    store_rows(gate_buffer, dgate, dpre_start + here, stride, num_rows, QUARTER_N)
+                    store_rows(gate_buffer, dgate, dpre_start + at, stride, num_rows, DH_PIECE_N)
                     if GATED:
-                        store_rows(up_buffer, dact * act, dpre_start + width + here, stride, num_rows, QUARTER_N)
+                        store_rows(up_buffer, dact * act, dpre_start + width + at, stride, num_rows, DH_PIECE_N)
             partials = dweights_partial + slots.to(gl.int64) * num_tiles_n + col // BLOCK_N
             gl.store(partials, dweights, mask=exists)
 
@@ -101,7 +110,7 @@ def grouped_gemm_dh_hopper_kernel(
         dout.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
         PRODUCER_THREADS + 1,
     )  # fmt: skip
-    buffers = make_buffers(dout.dtype.element_ty, 4, QUARTER_N)
+    buffers = make_buffers(dout.dtype.element_ty, DH_PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
     consumer = (
         ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
@@ -143,6 +152,15 @@ def locate_dw(
 
 
 @gluon.jit
+def source_rows(row_to_slot, first_row, rows, start, num_rows, TOP_K: gl.constexpr):
+    """Rows of x for the expert's rows from `start`: of their tokens if TOP_K; anything past the last."""
+    source = first_row + start + rows
+    if TOP_K > 0:
+        source = gl.load(row_to_slot + source, mask=start + rows < num_rows, other=0) // TOP_K
+    return source
+
+
+@gluon.jit
 def produce_dw(
     operands,
     PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -168,9 +186,8 @@ def produce_dw(
             x_inside = (x_cols // 8 < (H - hidden) // 8)[None, :]
             d_inside = (d_cols // 8 < (PARTS * width - inner) // 8)[None, :]
             d_start = d + PARTS * gl.load(ragged_offsets + expert) + inner
-            source = first_row + x_rows
-            if TOP_K > 0:
-                source = gl.load(row_to_slot + source, mask=x_rows < num_rows, other=0) // TOP_K
+            source = source_rows(row_to_slot, first_row, x_rows, 0, num_rows, TOP_K)
+            following = source_rows(row_to_slot, first_row, x_rows, BLOCK_K, num_rows, TOP_K)
             for step in range(gl.cdiv(num_rows, BLOCK_K)):
                 rows_left = num_rows - step * BLOCK_K
                 x_ptrs = x + hidden + (source.to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
@@ -188,9 +205,8 @@ def produce_dw(
                     copy_elements(b_tiles.index(stage), d_ptrs, d_mask)
                 async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
                 d_start += BLOCK_K * PARTS * width.to(gl.int64)
-                source = first_row + (step + 1) * BLOCK_K + x_rows
-                if TOP_K > 0:
-                    source = gl.load(row_to_slot + source, mask=x_rows < rows_left - BLOCK_K, other=0) // TOP_K
+                source = following
+                following = source_rows(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows, TOP_K)
                 stage, phase = advance(stage, phase, STAGES)
     async_copy.wait_group(0)
 
@@ -202,7 +218,7 @@ def finish_dw(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w = operands
-    buffer = buffers.index(HALF)
+    buffer = buffers.index(2 * HALF)
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -219,24 +235,21 @@ def finish_dw(
             acc, stage, phase = multiply(
                 ring, stage, phase, gl.cdiv(num_rows, BLOCK_K), inside, HALF, BLOCK_N, STAGES, False, False
             )
-            left, right = halves(acc)
-            q0, q1 = halves(left)
-            q2, q3 = halves(right)
-            quarters = (q0, q1, q2, q3)
-            for q in gl.static_range(BLOCK_N // QUARTER_N):
+            tiles = pieces(acc)
+            for p in gl.static_range(BLOCK_N // PIECE_N):
                 if inner < PARTS * width:
                     target = gl.where(inner < width, dw, dw_up)
                     column = (offset + inner - gl.where(inner < width, 0, width)).to(gl.int64)
                     if RAGGED_M:
                         start = target + column * stride_w + hidden
-                        store_rows(buffer, quarters[q], start, stride_w, QUARTER_N, H - hidden)
+                        store_rows(buffer, tiles[p], start, stride_w, PIECE_N, H - hidden)
                     else:
                         start = target + hidden.to(gl.int64) * stride_w + column
-                        store_rows(buffer, quarters[q], start, stride_w, H - hidden, QUARTER_N)
+                        store_rows(buffer, tiles[p], start, stride_w, H - hidden, PIECE_N)
                 if RAGGED_M:
-                    hidden += QUARTER_N
+                    hidden += PIECE_N
                 else:
-                    inner += QUARTER_N
+                    inner += PIECE_N
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
@@ -247,7 +260,7 @@ def grouped_gemm_dw_hopper_kernel(
     STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, PRODUCER_THREADS)
-    buffers = make_buffers(x.dtype.element_ty, 2, QUARTER_N)
+    buffers = make_buffers(x.dtype.element_ty, PIECE_N)
     tables = (widths, offsets, row_offsets, expert_order)
     consumer = (ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w)
     producer = (

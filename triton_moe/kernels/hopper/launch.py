@@ -82,8 +82,8 @@ def _launcher(
     return launch, layout_tables(layout, device), _num_programs(device)
 
 
-_FEW, _MANY = (40, 232), (72, 216)
-"""Registers of producer and consumer threads: 128 producers and 256 consumers share 64,512."""
+_UP_REGISTERS, _REGISTERS = (40, 232), (56, 224)
+"""Of a producer's thread and a consumer's: 128 producers and 256 consumers share 64,512."""
 
 
 def up_fwd(
@@ -92,7 +92,7 @@ def up_fwd(
 ) -> None:  # fmt: skip
     layout, gated, by_k = routing.layout, w3 is not None, w1.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_up_hopper_kernel, layout, x.device, _FEW, TOP_K=routing.top_k if gathered else 0,
+        grouped_gemm_up_hopper_kernel, layout, x.device, _UP_REGISTERS, TOP_K=routing.top_k if gathered else 0,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, KEEP_PRE=pre is not None,
         KEEP_ACT=out is not None, B_BY_K=by_k,
     )  # fmt: skip
@@ -110,13 +110,19 @@ def up_fwd(
 def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
     hidden_size, by_k = w.shape[1], w.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_down_hopper_kernel, routing.layout, a.device, _FEW, PARTS=1 if w_up is None else 2, B_BY_K=by_k
+        grouped_gemm_down_hopper_kernel,
+        routing.layout,
+        a.device,
+        _REGISTERS,
+        PARTS=1 if w_up is None else 2,
+        B_BY_K=by_k,
     )
     num_tiles_n = cdiv(hidden_size, BLOCK_N)
     boxes = _boxes(w, BLOCK_N, by_k)
+    y_boxes = TensorDescriptor.from_tensor(y, [_BLOCK_K, _BLOCK_K], _shared_layout((_BLOCK_K, _BLOCK_K), y.dtype))
     launch(
-        (programs,), a, boxes, boxes if w_up is None else _boxes(w_up, BLOCK_N, by_k), y, tables.widths, tables.offsets,
-        routing.row_offsets, routing.row_blocks, routing.ragged_offsets, hidden_size,
+        (programs,), a, boxes, boxes if w_up is None else _boxes(w_up, BLOCK_N, by_k), y, y_boxes, tables.widths,
+        tables.offsets, routing.row_offsets, routing.row_blocks, routing.ragged_offsets, hidden_size,
         routing.num_row_blocks * num_tiles_n, num_tiles_n,
     )  # fmt: skip
 
@@ -128,7 +134,7 @@ def dh(
     """`dweights_partial (R, tiles)`: a partial sum for each tile of BLOCK_N columns."""
     by_k = w2.stride(1) == 1
     launch, tables, programs = _launcher(
-        grouped_gemm_dh_hopper_kernel, routing.layout, dout.device, _FEW, TOP_K=routing.top_k,
+        grouped_gemm_dh_hopper_kernel, routing.layout, dout.device, _REGISTERS, TOP_K=routing.top_k,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=is_gated(activation), B_BY_K=by_k,
     )  # fmt: skip
     num_tiles_n = cdiv(routing.layout.max_width, BLOCK_N)
@@ -142,7 +148,7 @@ def dh(
 def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing, gathered: bool) -> None:
     layout, hidden_size, parts, ragged_m = routing.layout, x.shape[1], 1 if dw_up is None else 2, dw.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_dw_hopper_kernel, layout, x.device, _MANY, PARTS=parts, RAGGED_M=ragged_m,
+        grouped_gemm_dw_hopper_kernel, layout, x.device, _REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
         TOP_K=routing.top_k if gathered else 0,
     )  # fmt: skip
     across, down = (hidden_size, parts * layout.max_width)[:: 1 if ragged_m else -1]

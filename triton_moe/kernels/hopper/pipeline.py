@@ -22,11 +22,14 @@ BLOCK_K = gl.constexpr(64)
 """Reduction of a stage: one 128-byte line of 16-bit elements."""
 HALF_M = gl.constexpr(64)
 """Rows of a consumer."""
+PIECE_N = gl.constexpr(64)
+"""Columns that a consumer finishes at a time: never of two experts, nor of gate and up."""
 PRODUCER_THREADS = gl.constexpr(128)
 
 # triton 3.9 renamed these.
 copy_elements = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.constexpr_function
@@ -41,8 +44,8 @@ def accumulator_layout(columns):
 
 @gluon.constexpr_function
 def wide_layout(columns):
-    """16 bytes a thread, rows of `columns` 16-bit elements."""
-    across = min(32, columns // 8)
+    """16 bytes a thread, 128 bytes a row at a time where there are as many: few rows a thread, and so few pointers."""
+    across = min(8, columns // 8)
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
@@ -65,9 +68,9 @@ def make_ring(
 
 
 @gluon.jit
-def make_buffers(element: gl.constexpr, NUMBER: gl.constexpr, COLUMNS: gl.constexpr):
-    """Tiles for consumers to change layouts in."""
-    return gl.allocate_shared_memory(element, [NUMBER, HALF_M, COLUMNS], shared_layout([HALF_M, COLUMNS], element))
+def make_buffers(element: gl.constexpr, COLUMNS: gl.constexpr):
+    """Two pieces for each consumer to change layouts in."""
+    return gl.allocate_shared_memory(element, [4, HALF_M, COLUMNS], shared_layout([HALF_M, COLUMNS], element))
 
 
 @gluon.jit
@@ -122,6 +125,15 @@ def multiply(
 def halves(tile):
     """Left and right half of a tile's columns."""
     return tile.reshape((tile.shape[0], 2, tile.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def pieces(tile):
+    """A tile of 256 columns as four of 64."""
+    left, right = halves(tile)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    return first, second, third, fourth
 
 
 @gluon.jit
