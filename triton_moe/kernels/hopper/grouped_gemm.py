@@ -90,7 +90,7 @@ def produce(
             if RAGGED_A:
                 a_rows = ragged_rows(a, expert, start, width, ragged_offsets, PARTS) + local * (PARTS * width)
                 num_steps = PARTS * width // BLOCK_K
-                k = offset
+                first_k = offset
                 n = col
             else:
                 source = first_row + local
@@ -98,12 +98,14 @@ def produce(
                     source = gl.load(row_to_slot + source) // TOP_K
                 a_rows = a + source.to(gl.int64) * stride_at
                 num_steps = H // BLOCK_K
-                k = 0
+                first_k = 0
                 n = offset + col
             a_ptrs = a_rows[:, None] + inner[None, :]
+            a_ptrs = gl.max_contiguous(gl.multiple_of(a_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
             for step in range(num_steps):
                 bar = ready.index(stage)
                 b_tile = b_tiles.index(stage)
+                k = first_k + step * BLOCK_K
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(bar, b_tiles.dtype.primitive_bitwidth // 8 * BLOCK_K * BLOCK_N)
                 if TILE_N < BLOCK_N:
@@ -116,11 +118,9 @@ def produce(
                         copy_weights(w_up, k - width, n, bar, b_tile, B_BY_K)
                 else:
                     copy_weights(w, k, n, bar, b_tile, B_BY_K)
-                pointers = a_ptrs + step * BLOCK_K
-                pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])  # in bytes, in elements
-                copy_elements(a_tiles.index(stage), pointers)
+                copy_elements(a_tiles.index(stage), a_ptrs)
+                a_ptrs += BLOCK_K
                 async_copy.mbarrier_arrive(bar, increment_count=False)
-                k += BLOCK_K
                 stage, phase = advance(stage, phase, STAGES)
     async_copy.wait_group(0)
 
@@ -151,16 +151,17 @@ def finish_up(
             for p in gl.static_range(TILE_N // PIECE_N):
                 at = p * PIECE_N
                 num_cols = width - col - at
-                act = act_fwd(tiles[p], ACTIVATION)
-                if GATED:
-                    act *= tiles[p + 2]
-                if KEEP_PRE:
-                    store_rows(buffers.index(2 * HALF), tiles[p], pre_start + at, PARTS * width, num_rows, num_cols)
-                if KEEP_PRE and GATED:
-                    up_start = pre_start + width + at
-                    store_rows(buffers.index(2 * HALF), tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
-                if KEEP_ACT:
-                    store_rows(buffers.index(2 * HALF + 1), act, out_start + at, width, num_rows, num_cols)
+                if num_cols > 0:
+                    if KEEP_PRE:
+                        store_rows(buffers.index(2 * HALF), tiles[p], pre_start + at, PARTS * width, num_rows, num_cols)
+                    if KEEP_PRE and GATED:
+                        up_start = pre_start + width + at
+                        store_rows(buffers.index(2 * HALF), tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
+                    if KEEP_ACT:
+                        act = act_fwd(tiles[p], ACTIVATION)
+                        if GATED:
+                            act *= tiles[p + 2]
+                        store_rows(buffers.index(2 * HALF + 1), act, out_start + at, width, num_rows, num_cols)
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
@@ -176,7 +177,7 @@ def grouped_gemm_up_hopper_kernel(
         x.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
         PRODUCER_THREADS + 1,
     )  # fmt: skip
-    buffers = make_buffers(x.dtype.element_ty, PIECE_N)
+    buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
     consumer = (ring, buffers, pre, out, tables, ragged_offsets, num_tiles, num_tiles_n, H)
     producer = (ring, x, w1, w3, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_xt)
@@ -232,7 +233,7 @@ def grouped_gemm_down_hopper_kernel(
         a.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
         PRODUCER_THREADS + 1,
     )  # fmt: skip
-    buffers = make_buffers(a.dtype.element_ty, PIECE_N)
+    buffers = make_buffers(a.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
     consumer = (ring, buffers, y, y_boxes, tables, num_tiles, num_tiles_n, H)
     producer = (ring, a, w, w_up, tables, row_blocks, ragged_offsets, num_tiles, num_tiles_n, H, H)

@@ -16,14 +16,13 @@ from triton_moe.kernels.hopper.pipeline import (
     advance,
     async_copy,
     copy_elements,
+    copy_rows,
     halves,
-    load_rows,
     make_buffers,
     make_ring,
     mbarrier,
     multiply,
     pieces,
-    relaid,
     store_rows,
     wide_layout,
 )
@@ -41,8 +40,10 @@ def finish_dh(
 ):  # fmt: skip
     (ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
      num_tiles, num_tiles_n, H) = operands  # fmt: skip
-    gate_buffer = buffers.index(2 * HALF)
-    up_buffer = buffers.index(2 * HALF + 1)
+    gate_in = buffers.index(4 * HALF)
+    up_in = buffers.index(4 * HALF + 1)
+    first_out = buffers.index(4 * HALF + 2)
+    second_out = buffers.index(4 * HALF + 3)
     PARTS: gl.constexpr = 2 if GATED else 1
     stage = 0
     phase = 0
@@ -56,9 +57,10 @@ def finish_dh(
             pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
             dpre_start = ragged_rows(dpre, expert, start, width, ragged_offsets, PARTS) + col
             weighted_start = ragged_rows(act_weighted, expert, start, width, ragged_offsets, 1) + col
-            next_gate = load_rows(pre_start, stride, num_rows, width - col, HALF_M, DH_PIECE_N)
+            copy_rows(gate_in, pre_start, stride, num_rows, width - col)
             if GATED:
-                next_up = load_rows(pre_start + width, stride, num_rows, width - col, HALF_M, DH_PIECE_N)
+                copy_rows(up_in, pre_start + width, stride, num_rows, width - col)
+            async_copy.commit_group()
             acc, stage, phase = multiply(
                 ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
             )
@@ -67,33 +69,38 @@ def finish_dh(
             p2, p3 = halves(t1)
             p4, p5 = halves(t2)
             p6, p7 = halves(t3)
-            tiles = (p0, p1, p2, p3, p4, p5, p6, p7)
-            layout: gl.constexpr = tiles[0].type.layout
+            layout: gl.constexpr = p0.type.layout
             rows = gl.arange(0, HALF_M, layout=gl.SliceLayout(1, layout))
             exists = rows < num_rows
             slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
             weight = gl.load(topk_weights + slots, mask=exists, other=0).to(gl.float32)[:, None]
             dweights = gl.zeros((HALF_M,), gl.float32, gl.SliceLayout(1, layout))
-            for p in gl.static_range(BLOCK_N // DH_PIECE_N):
-                at = p * DH_PIECE_N
-                if (col + at < width) & (num_rows > 0):
-                    gate = relaid(gate_buffer, next_gate, layout).to(gl.float32)
-                    up = relaid(up_buffer, next_up, layout).to(gl.float32) if GATED else 1.0
-                    if p + 1 < BLOCK_N // DH_PIECE_N:
-                        after = pre_start + at + DH_PIECE_N
-                        cols_after = width - col - at - DH_PIECE_N
-                        next_gate = load_rows(after, stride, num_rows, cols_after, HALF_M, DH_PIECE_N)
-                        if GATED:
-                            next_up = load_rows(after + width, stride, num_rows, cols_after, HALF_M, DH_PIECE_N)
-                    act = act_fwd(gate, ACTIVATION)
-                    dact = tiles[p]
-                    dweights += gl.sum(dact * act * up, axis=1)
-                    dact *= weight
-                    store_rows(up_buffer, weight * act * up, weighted_start + at, width, num_rows, DH_PIECE_N)
-                    dgate = dact * up * act_bwd(gate, ACTIVATION)
-                    store_rows(gate_buffer, dgate, dpre_start + at, stride, num_rows, DH_PIECE_N)
-                    if GATED:
-                        store_rows(up_buffer, dact * act, dpre_start + width + at, stride, num_rows, DH_PIECE_N)
+            # A loop whose pieces move up by one: unrolled, the code would not fit into the instruction cache.
+            for at in range(0, gl.minimum(width - col, BLOCK_N), DH_PIECE_N):
+                async_copy.wait_group(0)
+                gate = gate_in.load(layout).to(gl.float32)
+                up = up_in.load(layout).to(gl.float32) if GATED else 1.0
+                after = pre_start + at + DH_PIECE_N
+                cols_after = width - col - at - DH_PIECE_N
+                copy_rows(gate_in, after, stride, num_rows, cols_after)
+                if GATED:
+                    copy_rows(up_in, after + width, stride, num_rows, cols_after)
+                async_copy.commit_group()
+                act = act_fwd(gate, ACTIVATION)
+                slope = act_bwd(gate, ACTIVATION)
+                product = act * up
+                dweights += gl.sum(p0 * product, axis=1)
+                store_rows(first_out, product * weight, weighted_start + at, width, num_rows, DH_PIECE_N)
+                dproduct = p0 * weight
+                if GATED:
+                    store_rows(second_out, dproduct * act, dpre_start + width + at, stride, num_rows, DH_PIECE_N)
+                dgate = dproduct * up * slope
+                store_rows(first_out, dgate, dpre_start + at, stride, num_rows, DH_PIECE_N)
+                p0, p1, p2, p3, p4, p5, p6 = p1, p2, p3, p4, p5, p6, p7
+            async_copy.wait_group(0)
+            slots = gl.load(
+                row_to_slot + first_row + rows, mask=exists, other=0
+            )  # again: kept, it would cost registers
             partials = dweights_partial + slots.to(gl.int64) * num_tiles_n + col // BLOCK_N
             gl.store(partials, dweights, mask=exists)
 
@@ -110,7 +117,7 @@ def grouped_gemm_dh_hopper_kernel(
         dout.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
         PRODUCER_THREADS + 1,
     )  # fmt: skip
-    buffers = make_buffers(dout.dtype.element_ty, DH_PIECE_N)
+    buffers = make_buffers(dout.dtype.element_ty, 8, DH_PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
     consumer = (
         ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
@@ -218,7 +225,7 @@ def finish_dw(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w = operands
-    buffer = buffers.index(2 * HALF)
+    buffer = buffers.index(HALF)
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -260,7 +267,7 @@ def grouped_gemm_dw_hopper_kernel(
     STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, PRODUCER_THREADS)
-    buffers = make_buffers(x.dtype.element_ty, PIECE_N)
+    buffers = make_buffers(x.dtype.element_ty, 2, PIECE_N)
     tables = (widths, offsets, row_offsets, expert_order)
     consumer = (ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w)
     producer = (

@@ -82,7 +82,7 @@ def _launcher(
     return launch, layout_tables(layout, device), _num_programs(device)
 
 
-_UP_REGISTERS, _REGISTERS = (40, 232), (56, 224)
+_REGISTERS = (56, 224)
 """Of a producer's thread and a consumer's: 128 producers and 256 consumers share 64,512."""
 
 
@@ -92,7 +92,7 @@ def up_fwd(
 ) -> None:  # fmt: skip
     layout, gated, by_k = routing.layout, w3 is not None, w1.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_up_hopper_kernel, layout, x.device, _UP_REGISTERS, TOP_K=routing.top_k if gathered else 0,
+        grouped_gemm_up_hopper_kernel, layout, x.device, _REGISTERS, TOP_K=routing.top_k if gathered else 0,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, KEEP_PRE=pre is not None,
         KEEP_ACT=out is not None, B_BY_K=by_k,
     )  # fmt: skip

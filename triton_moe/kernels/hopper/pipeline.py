@@ -68,9 +68,9 @@ def make_ring(
 
 
 @gluon.jit
-def make_buffers(element: gl.constexpr, COLUMNS: gl.constexpr):
-    """Two pieces for each consumer to change layouts in."""
-    return gl.allocate_shared_memory(element, [4, HALF_M, COLUMNS], shared_layout([HALF_M, COLUMNS], element))
+def make_buffers(element: gl.constexpr, NUMBER: gl.constexpr, COLUMNS: gl.constexpr):
+    """Pieces of a consumer's rows, to change layouts in."""
+    return gl.allocate_shared_memory(element, [NUMBER, HALF_M, COLUMNS], shared_layout([HALF_M, COLUMNS], element))
 
 
 @gluon.jit
@@ -137,13 +137,6 @@ def pieces(tile):
 
 
 @gluon.jit
-def relaid(buffer, tile, layout: gl.constexpr):
-    """The tile in another layout, by way of shared memory."""
-    buffer.store(tile)
-    return buffer.load(layout)
-
-
-@gluon.jit
 def row_pointers(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Pointers to a tile of 16-bit elements and which of them are within num_rows and num_cols (a multiple of 8), 16
     bytes a thread. `start` and the rows must be aligned so."""
@@ -156,14 +149,15 @@ def row_pointers(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS:
 
 
 @gluon.jit
-def load_rows(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A tile in `wide_layout`, zeros outside of num_rows and num_cols; see `row_pointers`."""
-    pointers, mask = row_pointers(start, stride, num_rows, num_cols, ROWS, COLUMNS)
-    return gl.load(pointers, mask=mask, other=0)
+def copy_rows(buffer, start, stride, num_rows, num_cols):
+    """Start copying a tile into `buffer`, zeros outside of num_rows and num_cols; see `row_pointers`."""
+    pointers, mask = row_pointers(start, stride, num_rows, num_cols, buffer.shape[0], buffer.shape[1])
+    copy_elements(buffer, pointers, mask)
 
 
 @gluon.jit
 def store_rows(buffer, tile, start, stride, num_rows, num_cols):
-    """The part of a tile, of any layout, within num_rows and num_cols; see `row_pointers`."""
+    """Store the part of a tile, of any layout, within num_rows and num_cols, by way of `buffer`; see `row_pointers`."""
     pointers, mask = row_pointers(start, stride, num_rows, num_cols, tile.shape[0], tile.shape[1])
-    gl.store(pointers, relaid(buffer, tile.to(buffer.dtype), wide_layout(tile.shape[1])), mask=mask)
+    buffer.store(tile.to(buffer.dtype))
+    gl.store(pointers, buffer.load(wide_layout(tile.shape[1])), mask=mask)
