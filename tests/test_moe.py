@@ -97,7 +97,7 @@ class TestConfig:
             ({"router": "noisy"}, "router: expected one of sigmoid, softmax, got 'noisy'"),
             ({"normalize_weights": 1}, "normalize_weights: expected one of True, False, got 1"),
             ({"aux_losses": None}, "aux_losses: expected one of True, False, got None"),
-            ({"backend": "cuda"}, "backend: expected one of auto, triton, torch, got 'cuda'"),
+            ({"backend": "cuda"}, "backend: expected one of auto, hopper, triton, torch, got 'cuda'"),
         ],
     )
     def test_errors_name_the_argument(self, changes, message):

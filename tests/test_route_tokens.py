@@ -139,7 +139,7 @@ def test_without_aux_losses_they_are_zero(device: str) -> None:
         ({"num_active_experts": E + 1}, f"num_active_experts: expected 1 <= K <= E = {E}, got {E + 1}"),
         ({"layout": (8, 8)}, "layout: expected an ExpertLayout, got tuple"),
         ({"router": "tanh"}, "router: expected one of sigmoid, softmax, got 'tanh'"),
-        ({"backend": "cuda"}, "backend: expected one of auto, triton, torch, got 'cuda'"),
+        ({"backend": "cuda"}, "backend: expected one of auto, hopper, triton, torch, got 'cuda'"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str) -> None:

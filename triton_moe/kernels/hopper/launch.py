@@ -82,7 +82,7 @@ def _launcher(
     return launch, layout_tables(layout, device), _num_programs(device)
 
 
-_REGISTERS = (56, 224)
+_REGISTERS, _DW_REGISTERS = (56, 224), (72, 216)
 """Of a producer's thread and a consumer's: 128 producers and 256 consumers share 64,512."""
 
 
@@ -145,16 +145,29 @@ def dh(
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=256)
+def _is_uniform(layout: ExpertLayout) -> bool:
+    """Whether all experts that are not null have one width: ragged buffers are matrices then."""
+    return len({width for width in layout.widths if width}) == 1
+
+
 def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing, gathered: bool) -> None:
     layout, hidden_size, parts, ragged_m = routing.layout, x.shape[1], 1 if dw_up is None else 2, dw.stride(1) != 1
+    row = parts * layout.max_width
+    uniform = _is_uniform(layout) and d.numel() >= row
     launch, tables, programs = _launcher(
-        grouped_gemm_dw_hopper_kernel, layout, x.device, _REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
-        TOP_K=routing.top_k if gathered else 0,
+        grouped_gemm_dw_hopper_kernel, layout, x.device, _DW_REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
+        TOP_K=routing.top_k if gathered else 0, UNIFORM=uniform,
     )  # fmt: skip
-    across, down = (hidden_size, parts * layout.max_width)[:: 1 if ragged_m else -1]
+    d_boxes = d
+    if uniform:
+        box = _BLOCK_K, BLOCK_M if ragged_m else BLOCK_N
+        matrix = d[: d.numel() // row * row].view(-1, row)
+        d_boxes = TensorDescriptor.from_tensor(matrix, list(box), _shared_layout(box, d.dtype))
+    across, down = (hidden_size, row) if ragged_m else (row, hidden_size)
     num_tiles_m, num_tiles_n = cdiv(down, BLOCK_M), cdiv(across, BLOCK_N)
     launch(
-        (programs,), x, d, dw, dw if dw_up is None else dw_up, tables.widths, tables.offsets, routing.row_offsets,
-        routing.expert_order, routing.row_to_slot, routing.ragged_offsets, hidden_size, x.stride(0),
-        max(dw.stride()), layout.num_experts * num_tiles_m * num_tiles_n, num_tiles_m, num_tiles_n,
+        (programs,), x, d, d_boxes, dw, dw if dw_up is None else dw_up, tables.widths, tables.offsets,
+        routing.row_offsets, routing.expert_order, routing.row_to_slot, routing.ragged_offsets, hidden_size,
+        x.stride(0), max(dw.stride()), layout.num_experts * num_tiles_m * num_tiles_n, num_tiles_m, num_tiles_n,
     )  # fmt: skip
