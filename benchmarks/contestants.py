@@ -67,6 +67,16 @@ def triton_moe(config: MoEConfig, state: State) -> Layer:
     return _moe_mlp(config, state, "auto")
 
 
+def triton_moe_hopper(config: MoEConfig, state: State) -> Layer:
+    """The same on the Hopper kernels. Raises CannotRun where there are none."""
+    weight = state["w1"]
+    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) != (9, 0) or weight.element_size() != 2:
+        raise CannotRun("The Hopper kernels take 16 bits on a GPU of compute capability 9.0.")
+    if any(size % 64 for size in (config.hidden_size, *config.layout.widths)):
+        raise CannotRun("The Hopper kernels take multiples of 64.")
+    return _moe_mlp(config, state, "hopper")
+
+
 def torch_loop(config: MoEConfig, state: State) -> Layer:
     """`MoEMLP` in plain PyTorch: a loop over experts, whose row counts come back to the host."""
     return _moe_mlp(config, state, "torch")
@@ -204,7 +214,8 @@ def scattermoe(config: MoEConfig, state: State) -> Layer:
 
 
 CONTESTANTS: dict[str, Callable[[MoEConfig, State], Layer]] = {
-    build.__name__: build for build in (triton_moe, torch_loop, grouped_mm, grouped_mm_compiled, scattermoe)
+    build.__name__: build
+    for build in (triton_moe, triton_moe_hopper, torch_loop, grouped_mm, grouped_mm_compiled, scattermoe)
 }
-OURS = ("triton_moe", "torch_loop")
+OURS = ("triton_moe", "triton_moe_hopper", "torch_loop")
 """Those that the gate holds to the error budget of the project's own tests."""

@@ -147,11 +147,15 @@ def accuracy(rows: Rows) -> list[str]:
 
 
 def stress(rows: Rows) -> list[str]:
-    row = rows[-1]
+    """The last row of each backend."""
+    said = [
+        f"backend {row['backend']} {row['draws']} draws, {row['mismatches']} outside the error budget, "
+        f"{row['bitwise_differences']} that differed between two runs ({machine(row)})"
+        for row in {row["backend"]: row for row in rows}.values()
+    ]
     return [
-        f"Random layers and routings, forward and backward, each against the oracle and run twice: {row['draws']} "
-        f"draws, {row['mismatches']} outside the error budget, {row['bitwise_differences']} that differed between two "
-        f"runs ({machine(row)}; `stress.csv`)."
+        f"Random layers and routings, forward and backward, each against the oracle and run twice: {'; '.join(said)} "
+        f"(`stress.csv`)."
     ]
 
 

@@ -81,6 +81,18 @@ def draw(seed: int, max_tokens: int = 300) -> Draw:
     return Draw(seed, case, dtype, weights_dtype, ids_dtype, transposed, rng.choice(X_STRIDES))
 
 
+def fitted(given: Draw) -> Draw:
+    """The draw with sizes and a dtype that the Hopper kernels take, and rows for more than one block."""
+    case = given.case
+    dtype = torch.bfloat16 if given.dtype == torch.float32 else given.dtype
+    weights_dtype = torch.float32 if given.weights_dtype == torch.float32 else dtype
+    widths = tuple(64 * (width % 7) for width in case.widths)
+    sizes = {"hidden_size": 64 * (1 + case.hidden_size % 6), "widths": widths if any(widths) else (64, *widths[1:])}
+    tokens = case.num_tokens if case.activation in ("relu", "reglu") else 3 * case.num_tokens
+    case = dataclasses.replace(case, **sizes, num_tokens=tokens)
+    return dataclasses.replace(given, case=case, dtype=dtype, weights_dtype=weights_dtype)
+
+
 def _transposed(tensor: Tensor) -> Tensor:
     return tensor.t().contiguous().t()
 
@@ -131,15 +143,16 @@ class Share:
     crashed: bool
 
 
-def work(seeds: Sequence[int], device: torch.device, max_tokens: int, deadline: float) -> Share:
+def work(seeds: Sequence[int], device: torch.device, backend: str, max_tokens: int, deadline: float) -> Share:
     """Run draws until there are none left, the deadline (`time.time()`) is past, or the device no longer answers."""
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    backend = "triton" if device.type == "cuda" or interpreted else "torch"
+    interpreted = device.type == "cpu" and backend == "triton"
     done = mismatches = differences = 0
     for seed in seeds:
         if time.time() > deadline:
             break
         given = draw(seed, max_tokens)
+        if backend == "hopper":
+            given = fitted(given)
         if interpreted and given.dtype == torch.bfloat16:  # its bfloat16 dot is wrong
             given = dataclasses.replace(given, dtype=torch.float32, weights_dtype=torch.float32)
         try:
@@ -164,18 +177,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=15, help="processes, of one CPU core each, that share the device"
     )
+    parser.add_argument("--backend", choices=("triton", "hopper", "torch"), help="default: triton where it runs")
     parser.add_argument("--seconds", type=float, default=540, help="start no draw after this time")
     parser.add_argument("--quick", action="store_true", help="few tokens, one process, on the CPU in plain PyTorch")
     parser.add_argument("--out", type=Path, help="folder of the CSV file")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_kernels = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    backend = args.backend or ("triton" if on_kernels else "torch")
     path = folder(args.out, quick=args.quick, device=device) / "stress.csv"
     count = args.count or (20 if args.quick else 10_000)
     workers = 1 if args.quick else max(1, min(args.workers, count, NUM_PROFILES))
     start = time.time()
     seeds = range(args.seed, args.seed + count)
     shares = [[seed for seed in seeds if seed % NUM_PROFILES % workers == worker] for worker in range(workers)]
-    common = (device, 24 if args.quick else 300, start + args.seconds)
+    common = (device, backend, 24 if args.quick else 300, start + args.seconds)
     if workers == 1:
         results = [work(shares[0], *common)]
     else:
@@ -184,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = [running.result() for running in [pool.submit(work, share, *common) for share in shares]]
 
     row = {
+        "backend": backend,
         "first_seed": args.seed,
         "asked": count,
         "draws": sum(share.draws for share in results),

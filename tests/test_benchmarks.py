@@ -7,6 +7,7 @@ from pathlib import Path
 
 import accuracy
 import bench_host
+import bench_kernels
 import bench_moe
 import contestants
 import pytest
@@ -155,6 +156,22 @@ def test_accuracy_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {row["result"] for row in rows_of(tmp_path / "accuracy.csv")} == {"fail"}
 
 
+def test_kernels(tmp_path: Path) -> None:
+    assert bench_kernels.main(["--quick", "--cases", "quick_variable", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "bench_kernels.csv")
+    assert [row["kernel"] for row in rows] == ["up", "down", "dh", "dw2", "dw1", "dx"]
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
+
+
+def test_kernels_off_get_no_time() -> None:
+    right, wrong = (
+        bench_kernels.Kernel(lambda: None, lambda value=value: [torch.full((4,), value)], 1) for value in (1.0, 1.1)
+    )
+    assert bench_kernels.disagreement(right, right) == 0
+    assert bench_kernels.disagreement(wrong, right) > bench_kernels.TOLERANCE
+
+
 def test_stress(tmp_path: Path) -> None:
     assert stress.main(["--quick", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path / "stress.csv")
@@ -181,6 +198,14 @@ def test_a_draw_is_its_seed() -> None:
     assert stress.draw(12345) != stress.draw(12345 + stress.NUM_PROFILES)
 
 
+def test_fitted_draws_fit_the_hopper_kernels() -> None:
+    for seed in range(200):
+        given = stress.fitted(stress.draw(seed))
+        assert given.dtype.itemsize == 2
+        assert any(given.case.widths)
+        assert not any(size % 64 for size in (given.case.hidden_size, *given.case.widths))
+
+
 def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     results.append(path, [{"case": "x", "ms": 1.23456}])
@@ -198,9 +223,9 @@ class TestReport:
 
     def test_newest_rows_alone(self, tmp_path: Path) -> None:
         path = tmp_path / "stress.csv"
-        row = dict.fromkeys(("draws", "mismatches", "bitwise_differences", "gpu", "torch", "triton"), "0")
+        row = dict.fromkeys(("backend", "draws", "mismatches", "bitwise_differences", "gpu", "torch", "triton"), "0")
         results.append(path, [{**row, "draws": draws, "date": "d", "commit": draws} for draws in ("old", "new")])
-        assert "run twice: new draws, 0 outside" in report.measured(tmp_path)
+        assert "run twice: backend 0 new draws, 0 outside" in report.measured(tmp_path)
 
     def test_ratios_come_from_one_run(self) -> None:
         """The last one that had both."""

@@ -177,7 +177,7 @@ class Routing:
     block_m: int
     """Rows of a row block; 0 without a tile schedule."""
     backend: str = "auto"
-    """Which kernels the GEMMs over these rows are: "triton", "hopper", or "auto"."""
+    """As asked for: the GEMMs over these rows run on the Hopper kernels if it is "hopper"."""
     packed: Tensor | None = None
     """The one tensor that all but `topk_ids` are views of; None without a tile schedule."""
 

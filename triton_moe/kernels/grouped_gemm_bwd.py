@@ -67,8 +67,7 @@ def grouped_gemm_dh_kernel(
     pre_start = ragged_start(pre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
     gate, up = load_pre(pre_start + inner, pitch, mask, GATED)
     act = act_fwd(gate, ACTIVATION)
-    partials = dweights_partial + (first_row + local).to(tl.int64) * num_tiles_n + tile_n
-    tl.store(partials, tl.sum(dact * act * up, 1), mask=exists)
+    tl.store(dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n, tl.sum(dact * act * up, 1), mask=exists)
     weight = tl.load(topk_weights + slots).to(tl.float32)[:, None]
     weighted_ptrs = ragged_start(act_weighted, expert, start, pitch, ragged_offsets, 1, ALIGNMENT)
     tl.store(
@@ -85,14 +84,14 @@ def sum_partials_kernel(
     dweights_partial, topk_ids, slot_to_row, widths, dweights, num_slots, num_tiles_n,
     BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """dweights[slot] = sum of its row's partial sums, one a tile of its expert's width; 0 where the slot has no row."""
+    """dweights[slot] = sum of its partial sums, one a tile of its expert's width; 0 where the slot has no row."""
     slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    row = tl.load(slot_to_row + slots, mask=slots < num_slots, other=-1)
-    owned = row >= 0
+    owned = slots < num_slots
+    owned = owned & (tl.load(slot_to_row + slots, mask=owned, other=-1) >= 0)
     width = tl.load(widths + tl.load(topk_ids + slots, mask=owned, other=0), mask=owned, other=0)
     total = tl.zeros([SLOTS], tl.float32)
     for tile_n in range(0, num_tiles_n):
-        partials = dweights_partial + row.to(tl.int64) * num_tiles_n + tile_n
+        partials = dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n
         total += tl.load(partials, mask=tile_n * BLOCK_N < width, other=0)
     tl.store(dweights + slots, total.to(dweights.dtype.element_ty), mask=slots < num_slots)
 

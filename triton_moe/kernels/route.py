@@ -21,7 +21,7 @@ from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import ROW_ALIGNMENT
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, num_row_blocks
 
-_MAX_SPANS = 512
+_MAX_SPANS = 256
 """Programs that count: the second kernel reads this many counts an expert in each of its programs."""
 _TILE = 8192
 """Elements of a (slots, experts) comparison held in registers."""
@@ -86,16 +86,16 @@ def route_place_kernel(
     topk_ids, span_counts, widths, width_rank,
     counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
     num_slots, span, num_spans, num_row_blocks,
-    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, SPANS: tl.constexpr, BLOCK_M: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNMENT:
+    tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     real = experts < NUM_EXPERTS
     total = tl.zeros([EXPERTS], tl.int32)
     earlier = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, num_spans, SPANS):
-        spans = first + tl.arange(0, SPANS)
+    for first in range(0, num_spans, SLOTS):
+        spans = first + tl.arange(0, SLOTS)
         of_span = span_counts + spans[:, None] * EXPERTS + experts[None, :]
         counted = tl.load(of_span, mask=(spans < num_spans)[:, None], other=0)
         total += tl.sum(counted, 0)
@@ -144,14 +144,7 @@ def _launchers(layout: ExpertLayout, device: torch.device) -> _Launchers:
     options = {"NUM_EXPERTS": layout.num_experts, "EXPERTS": experts, "SLOTS": slots}
     return _Launchers(
         Launcher(route_count_kernel, **options),
-        Launcher(
-            route_place_kernel,
-            **options,
-            SPANS=max(1, _TILE // experts),
-            BLOCK_M=BLOCK_M,
-            ALIGNMENT=RAGGED_ALIGNMENT,
-            num_warps=8,
-        ),
+        Launcher(route_place_kernel, **options, BLOCK_M=BLOCK_M, ALIGNMENT=RAGGED_ALIGNMENT),
         layout_tables(layout, device),
         experts,
         slots,

@@ -22,9 +22,7 @@ from triton_moe.layout import ExpertLayout
 
 _TILE = 2048
 """Scores of a program at once."""
-_PARTIALS = 8192
-"""Partial sums that are added up at once."""
-_MAX_PROGRAMS = 768
+_MAX_PROGRAMS = 256
 
 _LOWEST: tl.constexpr = tl.constexpr(-(2**63))
 
@@ -240,7 +238,7 @@ def _launchers(
         Launcher(
             router_fwd_kernel, **shared, RANKS=triton.next_power_of_2(top_k), **choice, AUX=aux, TOKENS=tokens
         ),
-        Launcher(router_finish_kernel, **shared, AUX=aux, ROWS=max(1, _PARTIALS // experts), num_warps=8),
+        Launcher(router_finish_kernel, **shared, AUX=aux, ROWS=max(1, _TILE // experts)),
         Launcher(router_bwd_kernel, **shared, **choice, TOKENS=tokens),
         balance_scale,
         compute_scale,

@@ -158,7 +158,7 @@ def finish_up(
                         up_start = pre_start + width + at
                         store_rows(buffers.index(2 * HALF), tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
                     if KEEP_ACT:
-                        act = act_fwd(tiles[p], ACTIVATION)
+                        act = act_fwd(tiles[p], ACTIVATION, True)
                         if GATED:
                             act *= tiles[p + 2]
                         store_rows(buffers.index(2 * HALF + 1), act, out_start + at, width, num_rows, num_cols)

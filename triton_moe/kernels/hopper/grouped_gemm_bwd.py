@@ -15,7 +15,6 @@ from triton_moe.kernels.hopper.pipeline import (
     PRODUCER_THREADS,
     advance,
     async_copy,
-    copy_box,
     copy_elements,
     copy_rows,
     halves,
@@ -27,7 +26,6 @@ from triton_moe.kernels.hopper.pipeline import (
     store_rows,
     wide_layout,
 )
-
 
 DH_PIECE_N = gl.constexpr(32)
 """Columns that a consumer of dh finishes at a time: with more, its registers would not suffice."""
@@ -80,6 +78,8 @@ def finish_dh(
             for at in range(0, gl.minimum(width - col, BLOCK_N), DH_PIECE_N):
                 async_copy.wait_group(0)
                 gate = gate_in.load(layout).to(gl.float32)
+                act = act_fwd(gate, ACTIVATION, True)
+                slope = act_bwd(gate, ACTIVATION, True)
                 up = up_in.load(layout).to(gl.float32) if GATED else 1.0
                 after = pre_start + at + DH_PIECE_N
                 cols_after = width - col - at - DH_PIECE_N
@@ -87,8 +87,6 @@ def finish_dh(
                 if GATED:
                     copy_rows(up_in, after + width, stride, num_rows, cols_after)
                 async_copy.commit_group()
-                act = act_fwd(gate, ACTIVATION)
-                slope = act_bwd(gate, ACTIVATION)
                 product = act * up
                 dweights += gl.sum(p0 * product, axis=1)
                 store_rows(first_out, product * weight, weighted_start + at, width, num_rows, DH_PIECE_N)
@@ -99,7 +97,9 @@ def finish_dh(
                 store_rows(first_out, dgate, dpre_start + at, stride, num_rows, DH_PIECE_N)
                 p0, p1, p2, p3, p4, p5, p6 = p1, p2, p3, p4, p5, p6, p7
             async_copy.wait_group(0)
-            partials = dweights_partial + (first_row + rows).to(gl.int64) * num_tiles_n + col // BLOCK_N
+            # Loaded again: kept, they would cost registers.
+            slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
+            partials = dweights_partial + slots.to(gl.int64) * num_tiles_n + col // BLOCK_N
             gl.store(partials, dweights, mask=exists)
 
 
@@ -168,14 +168,10 @@ def source_rows(row_to_slot, first_row, rows, start, num_rows, TOP_K: gl.constex
 @gluon.jit
 def produce_dw(
     operands,
-    PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, UNIFORM: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fill the ring with rows of x, gathered, and of d. UNIFORM: d is then a matrix (R, PARTS * width), and full stages
-    of it come as TMA boxes; those at an expert's end are filled up with zeros, lest the next expert's NaN count."""
-    ring, x, d, d_boxes, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_m, num_tiles_n, H, stride_xt = (
-        operands
-    )
+    ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_m, num_tiles_n, H, stride_xt = operands
     a_tiles, b_tiles, ready, empty = ring
     X_COLUMNS: gl.constexpr = BLOCK_N if RAGGED_M else BLOCK_M
     D_COLUMNS: gl.constexpr = BLOCK_M if RAGGED_M else BLOCK_N
@@ -199,24 +195,20 @@ def produce_dw(
             following = source_rows(row_to_slot, first_row, x_rows, BLOCK_K, num_rows, TOP_K)
             for step in range(gl.cdiv(num_rows, BLOCK_K)):
                 rows_left = num_rows - step * BLOCK_K
-                bar = ready.index(stage)
-                x_tile = b_tiles.index(stage) if RAGGED_M else a_tiles.index(stage)
-                d_tile = a_tiles.index(stage) if RAGGED_M else b_tiles.index(stage)
                 x_ptrs = x + hidden + (source.to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
                 x_ptrs = gl.max_contiguous(gl.multiple_of(x_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
+                d_ptrs = d_start + (d_rows * (PARTS * width))[:, None] + d_cols[None, :]
+                d_ptrs = gl.max_contiguous(gl.multiple_of(d_ptrs, [1, 16]), [1, 8])
                 x_mask = (x_rows < rows_left)[:, None] & x_inside
+                d_mask = (d_rows < rows_left)[:, None] & d_inside
                 mbarrier.wait(empty.index(stage), phase)
-                if rows_left >= BLOCK_K if UNIFORM else False:
-                    mbarrier.expect(bar, d.dtype.element_ty.primitive_bitwidth // 8 * BLOCK_K * D_COLUMNS)
-                    copy_box(d_boxes, [first_row + step * BLOCK_K, inner], bar, d_tile)
+                if RAGGED_M:
+                    copy_elements(a_tiles.index(stage), d_ptrs, d_mask)
+                    copy_elements(b_tiles.index(stage), x_ptrs, x_mask)
                 else:
-                    if UNIFORM:
-                        mbarrier.arrive(bar, count=1)
-                    d_ptrs = d_start + (d_rows * (PARTS * width))[:, None] + d_cols[None, :]
-                    d_ptrs = gl.max_contiguous(gl.multiple_of(d_ptrs, [1, 16]), [1, 8])
-                    copy_elements(d_tile, d_ptrs, (d_rows < rows_left)[:, None] & d_inside)
-                copy_elements(x_tile, x_ptrs, x_mask)
-                async_copy.mbarrier_arrive(bar, increment_count=False)
+                    copy_elements(a_tiles.index(stage), x_ptrs, x_mask)
+                    copy_elements(b_tiles.index(stage), d_ptrs, d_mask)
+                async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
                 d_start += BLOCK_K * PARTS * width.to(gl.int64)
                 source = following
                 following = source_rows(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows, TOP_K)
@@ -267,23 +259,23 @@ def finish_dw(
 
 @gluon.jit(do_not_specialize=["num_tiles"])
 def grouped_gemm_dw_hopper_kernel(
-    x, d, d_boxes, dw, dw_up, widths, offsets, row_offsets, expert_order, row_to_slot, ragged_offsets,
+    x, d, dw, dw_up, widths, offsets, row_offsets, expert_order, row_to_slot, ragged_offsets,
     H, stride_xt, stride_w, num_tiles, num_tiles_m, num_tiles_n,
-    PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, UNIFORM: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, PRODUCER_THREADS + UNIFORM)
+    ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, PRODUCER_THREADS)
     buffers = make_buffers(x.dtype.element_ty, 2, PIECE_N)
     tables = (widths, offsets, row_offsets, expert_order)
     consumer = (ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w)
     producer = (
-        ring, x, d, d_boxes, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_m, num_tiles_n, H, stride_xt
+        ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_m, num_tiles_n, H, stride_xt
     )  # fmt: skip
     gl.warp_specialize(
         [
             (finish_dw, (consumer, 0, PARTS, RAGGED_M, BLOCK_M, BLOCK_N, STAGES)),
             (finish_dw, (consumer, 1, PARTS, RAGGED_M, BLOCK_M, BLOCK_N, STAGES)),
-            (produce_dw, (producer, PARTS, RAGGED_M, TOP_K, UNIFORM, BLOCK_M, BLOCK_N, STAGES)),
+            (produce_dw, (producer, PARTS, RAGGED_M, TOP_K, BLOCK_M, BLOCK_N, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -20,8 +20,6 @@ from triton_moe.layout import ExpertLayout, Routing
 
 BLOCK_N = 256
 _BLOCK_K = 64
-_ROWS_WORTH_IT = 8192
-"""Fewer rows are left to the portable kernels, whose tiles are smaller and whose launches are shorter."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -47,8 +45,8 @@ def takes(routing: Routing, hidden_size: int, *matrices: Tensor | None) -> bool:
     first = matrices[0]
     assert first is not None
     return (
-        routing.backend != "triton"
-        and (routing.backend == "hopper" or routing.num_rows >= _ROWS_WORTH_IT)
+        routing.backend == "hopper"
+        and routing.num_rows > 0
         and fits(routing.layout, hidden_size, first.dtype, first.device)
         and all(matrix is None or _aligned(matrix) for matrix in matrices)
     )
@@ -82,7 +80,7 @@ def _launcher(
     return launch, layout_tables(layout, device), _num_programs(device)
 
 
-_REGISTERS, _DW_REGISTERS = (56, 224), (72, 216)
+_REGISTERS, _GATED_DH_REGISTERS = (56, 224), (40, 232)
 """Of a producer's thread and a consumer's: 128 producers and 256 consumers share 64,512."""
 
 
@@ -132,10 +130,10 @@ def dh(
     act_weighted: Tensor, dweights_partial: Tensor,
 ) -> None:  # fmt: skip
     """`dweights_partial (R, tiles)`: a partial sum for each tile of BLOCK_N columns."""
-    by_k = w2.stride(1) == 1
+    by_k, gated = w2.stride(1) == 1, is_gated(activation)
     launch, tables, programs = _launcher(
-        grouped_gemm_dh_hopper_kernel, routing.layout, dout.device, _REGISTERS, TOP_K=routing.top_k,
-        ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=is_gated(activation), B_BY_K=by_k,
+        grouped_gemm_dh_hopper_kernel, routing.layout, dout.device, _GATED_DH_REGISTERS if gated else _REGISTERS,
+        TOP_K=routing.top_k, ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, B_BY_K=by_k,
     )  # fmt: skip
     num_tiles_n = cdiv(routing.layout.max_width, BLOCK_N)
     launch(
@@ -145,29 +143,16 @@ def dh(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
-def _is_uniform(layout: ExpertLayout) -> bool:
-    """Whether all experts that are not null have one width: ragged buffers are matrices then."""
-    return len({width for width in layout.widths if width}) == 1
-
-
 def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing, gathered: bool) -> None:
     layout, hidden_size, parts, ragged_m = routing.layout, x.shape[1], 1 if dw_up is None else 2, dw.stride(1) != 1
-    row = parts * layout.max_width
-    uniform = _is_uniform(layout) and d.numel() >= row
     launch, tables, programs = _launcher(
-        grouped_gemm_dw_hopper_kernel, layout, x.device, _DW_REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
-        TOP_K=routing.top_k if gathered else 0, UNIFORM=uniform,
+        grouped_gemm_dw_hopper_kernel, layout, x.device, _REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
+        TOP_K=routing.top_k if gathered else 0,
     )  # fmt: skip
-    d_boxes = d
-    if uniform:
-        box = _BLOCK_K, BLOCK_M if ragged_m else BLOCK_N
-        matrix = d[: d.numel() // row * row].view(-1, row)
-        d_boxes = TensorDescriptor.from_tensor(matrix, list(box), _shared_layout(box, d.dtype))
-    across, down = (hidden_size, row) if ragged_m else (row, hidden_size)
+    across, down = (hidden_size, parts * layout.max_width)[:: 1 if ragged_m else -1]
     num_tiles_m, num_tiles_n = cdiv(down, BLOCK_M), cdiv(across, BLOCK_N)
     launch(
-        (programs,), x, d, d_boxes, dw, dw if dw_up is None else dw_up, tables.widths, tables.offsets,
-        routing.row_offsets, routing.expert_order, routing.row_to_slot, routing.ragged_offsets, hidden_size,
-        x.stride(0), max(dw.stride()), layout.num_experts * num_tiles_m * num_tiles_n, num_tiles_m, num_tiles_n,
+        (programs,), x, d, dw, dw if dw_up is None else dw_up, tables.widths, tables.offsets, routing.row_offsets,
+        routing.expert_order, routing.row_to_slot, routing.ragged_offsets, hidden_size, x.stride(0),
+        max(dw.stride()), layout.num_experts * num_tiles_m * num_tiles_n, num_tiles_m, num_tiles_n,
     )  # fmt: skip

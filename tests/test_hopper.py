@@ -1,0 +1,193 @@
+"""The Hopper kernels: compiled here for a GPU that is not, and on one against the oracle."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from operators import inputs_for
+from triton_moe import ExpertLayout, moe_mlp
+from triton_moe.activations import ACTIVATIONS
+from triton_moe.testing import Case, Inputs, check_against_oracle, poison_empty, run
+
+pytest.importorskip("triton")
+
+MAX_SHARED_MEMORY = 232_448  # bytes of a block, CUDA programming guide, compute capability 9.0
+MAX_SPILL = {"silu": 4, "gelu_tanh": 48}  # bytes of a thread, once a tile, in dh alone: its registers just suffice
+MAX_REGISTERS = 504  # of a producer's and two consumers' threads: a third of them, 168, is what a launch gives each
+
+# In a process of its own, because here Triton interprets; what launches here only compiles.
+PROGRAM = """
+import json, re, subprocess, tempfile
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver, jit
+
+class Utils:
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+class Driver:
+    utils = Utils()
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_active_torch_device = lambda self: torch.device("cpu")
+    map_python_to_cpp_type = lambda self, kind: kind
+
+driver.set_active(Driver())
+compiled = []
+run = jit.JITFunction.run
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=(1,), warmup=True, **options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    compiled.append({
+        "name": self.__name__,
+        "activation": options.get("ACTIVATION"),
+        "spill": int(re.search(r"(\\d+) bytes spill stores", said).group(1)),
+        "serialized": len(re.findall(r"C7510|C7515|serializ", said)),
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async.sync.aligned.m64n256k16"),
+        "wide_copies": len(re.findall(r"cp\\.async\\.cg\\.shared\\.global [^;]*0x10", kernel.asm["ptx"])),
+        "shared": kernel.metadata.shared,
+        "registers": options["PRODUCER_REGISTERS"] + 2 * options["CONSUMER_REGISTERS"],
+    })
+
+jit.JITFunction.run = compile_only
+
+from triton_moe import ExpertLayout
+from triton_moe.kernels.hopper import launch as hopper
+from triton_moe.kernels.route import route
+
+hopper._num_programs = lambda device: 132
+jit.JITFunction.run = lambda *args, **options: None
+T, H, K, layout = 256, 192, 2, ExpertLayout.from_widths((256, 64, 0, 128))
+routing = route(torch.zeros(T, K, dtype=torch.int32), layout, "hopper")
+jit.JITFunction.run = compile_only
+S, R = layout.total_width, T * K
+for dtype in (torch.bfloat16, torch.float16):
+    empty = lambda *shape: torch.zeros(*shape, dtype=dtype)
+    x, y, weights, partial = empty(T, H), empty(R, H), torch.zeros(T, K), torch.zeros(R)
+    one, two = empty(R * 256), empty(2 * R * 256)
+    for activation in ("swiglu", "relu_squared") if dtype == torch.bfloat16 else ("geglu_tanh",):
+        gated = activation != "relu_squared"
+        pre = two if gated else one
+        for turned in (False, True):
+            w1, w2 = (empty(S, H).t(), empty(H, S).t()) if turned else (empty(H, S), empty(S, H))
+            up = w1 if gated else None
+            hopper.up_fwd(x, w1, up, one, pre, routing, activation, True)
+            hopper.down_fwd(one, w2, None, y, routing)
+            hopper.dh(x, w2, pre, weights, routing, activation, pre, one, partial)
+            hopper.dw(x, one, w2.t(), None, routing, True)
+            hopper.dw(x, pre, w1, up, routing, True)
+            hopper.down_fwd(pre, w1.t(), None if up is None else up.t(), y, routing)
+print(json.dumps(compiled))
+"""
+
+
+@functools.cache
+def compiled_kernels() -> tuple[dict, ...]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", PROGRAM]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return tuple(json.loads(result.stdout))
+
+
+def test_compiles_to_what_hopper_is_fast_at() -> None:
+    kernels = compiled_kernels()
+    assert {kernel["name"] for kernel in kernels} == {
+        f"grouped_gemm_{name}_hopper_kernel" for name in ("up", "down", "dh", "dw")
+    }
+    for kernel in kernels:
+        assert kernel["shared"] <= MAX_SHARED_MEMORY, kernel
+        assert kernel["registers"] <= MAX_REGISTERS, kernel
+        assert kernel["serialized"] == 0, kernel
+        assert kernel["wgmma"] == 8, kernel  # 4 a stage, for each of two consumers
+        assert kernel["wide_copies"] >= 8, kernel
+        assert kernel["spill"] <= (MAX_SPILL.get(kernel["activation"], 0) if "_dh_" in kernel["name"] else 0), kernel
+
+
+def test_bad_input() -> None:
+    inputs = inputs_for(Case(8, 64, (64, 128), 2, "swiglu", reason="no Hopper"), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"^backend: expected"):
+        run(moe_mlp, inputs, backend="hopper")
+
+
+hopper_only = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+kernels = functools.partial(moe_mlp, backend="hopper")
+CASES = (
+    Case(300, 192, (128, 64, 0, 512), 2, "swiglu", reason="the usual"),
+    Case(1, 64, (64, 128), 1, "swiglu", reason="one row"),
+    Case(700, 128, (64, 256, 128), 2, "swiglu", routing="one expert", reason="many row blocks of one expert"),
+    Case(130, 64, (64, 192, 320), 3, "swiglu", reason="K = E"),
+    Case(90, 128, (64,) * 24, 2, "swiglu", reason="fewer rows than a tile"),
+    Case(40, 64, (64, 128, 64), 2, "swiglu", routing="idle expert", reason="an expert without rows"),
+    Case(40, 64, (64, 128), 2, "swiglu", routing="all dropped", reason="no rows at all"),
+    Case(0, 64, (64, 128), 2, "swiglu", reason="no tokens"),
+    Case(200, 320, (64, 1088), 1, "relu_squared", reason="one very wide expert, H no multiple of a tile"),
+    Case(257, 64, (256, 256, 256), 2, "relu_squared", routing="dropped", reason="one width, some slots dropped"),
+)
+
+
+def turned(inputs: Inputs) -> Inputs:
+    """The same weights, transposed in memory."""
+    weights = {name: getattr(inputs, name) for name in ("w1", "w2", "w3")}
+    weights = {name: None if w is None else w.t().contiguous().t() for name, w in weights.items()}
+    return Inputs(**{**vars(inputs), **weights})
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_cases(case: Case, dtype: torch.dtype) -> None:
+    inputs = inputs_for(case, dtype, "cuda")
+    with poison_empty():
+        check_against_oracle(kernels, inputs)
+        first, second = run(kernels, inputs), run(kernels, turned(inputs))
+        assert all(torch.equal(value, run(kernels, inputs)[name]) for name, value in first.items())
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str) -> None:
+    case = Case(12 if "re" in activation else 150, 128, (128, 64, 0, 192), 2, activation, reason="every activation")
+    check_against_oracle(kernels, inputs_for(case, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.gpu
+@hopper_only
+def test_what_it_cannot_do_is_said() -> None:
+    inputs = inputs_for(Case(8, 64, (64, 100), 2, "swiglu", reason="an odd width"), torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match=r"^layout: expected H and every width a multiple of 64"):
+        run(kernels, inputs)
+    inputs = inputs_for(Case(8, 64, (64,), 1, "swiglu", reason="wide numbers"), torch.float32, "cuda")
+    with pytest.raises(ValueError, match=r"^x: expected bfloat16 or float16"):
+        run(kernels, inputs)
+
+
+@pytest.mark.gpu
+@hopper_only
+def test_it_really_runs() -> None:
+    from triton_moe.kernels.hopper import launch as hopper
+    from triton_moe.kernels.route import route
+
+    layout = ExpertLayout.from_widths((64, 128))
+    x, w = torch.zeros(8, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(64, 192, device="cuda")
+    routing = route(torch.zeros(8, 2, dtype=torch.int32, device="cuda"), layout, "hopper")
+    assert hopper.takes(routing, 64, x, w.bfloat16())
+    assert not hopper.takes(routing, 64, x, w.bfloat16()[:, 1:])
