@@ -13,6 +13,7 @@ import contestants
 import pytest
 import report
 import results
+import soak
 import stress
 import torch
 from cases import CASES, GROUPS, bench_case, select
@@ -191,6 +192,21 @@ def test_stress_fails(wrong: Callable, column: str, tmp_path: Path, monkeypatch:
     assert stress.main(["--quick", "--out", str(tmp_path)]) == 1
     (row,) = rows_of(tmp_path / "stress.csv")
     assert int(row[column]) > 0
+
+
+def test_soak(tmp_path: Path) -> None:
+    assert soak.main(["--quick", "--seconds", "1", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path / "soak.csv")
+    assert row["faults"] == "0"
+    assert int(row["checks"]) > 0
+    assert float(row["last_loss"]) < float(row["first_loss"])
+
+
+def test_soak_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "moe_mlp", zeros)
+    assert soak.main(["--quick", "--seconds", "0.5", "--out", str(tmp_path)]) == 1
+    (row,) = rows_of(tmp_path / "soak.csv")
+    assert row["faults"] == row["checks"]
 
 
 def test_a_draw_is_its_seed() -> None:
