@@ -52,16 +52,18 @@ def fault(layer: MoEMLP, x: torch.Tensor) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train for minutes under the oracle's eyes; a row goes to soak.csv.")
-    parser.add_argument("--seconds", type=float, help="how long (480; quick: 2)")
+    parser.add_argument("--seconds", type=float, help="how long at most (480; quick: 100)")
+    parser.add_argument("--steps", type=int, help="how many steps at most (no end; quick: 41)")
     parser.add_argument("--tokens", type=int, help="largest batch (8192; quick: 64)")
     parser.add_argument("--check-every", type=int, help="steps between two checks (500; quick: 5)")
     parser.add_argument("--backend", default="auto", help="as in moe_mlp")
-    parser.add_argument("--quick", action="store_true", help="seconds, on the CPU")
+    parser.add_argument("--quick", action="store_true", help="a few steps, on the CPU")
     parser.add_argument("--out", type=Path, help="folder of the CSV file")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.quick else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    seconds = args.seconds or (2 if args.quick else 480)
+    seconds = args.seconds or (100 if args.quick else 480)
+    max_steps = args.steps or (41 if args.quick else sys.maxsize)
     max_tokens = args.tokens or (64 if args.quick else 8192)
     check_every = args.check_every or (5 if args.quick else 500)
     path = folder(args.out, quick=args.quick, device=device) / "soak.csv"
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     faults: list[str] = []
     steps = tokens = checks = 0
     start = time.time()
-    while time.time() - start < seconds:
+    while steps < max_steps and time.time() - start < seconds:
         x = torch.randn(rng.randint(1, max_tokens), HIDDEN_SIZE, device=device, dtype=dtype)
         if rng.random() < 0.05:
             x = x[:1].expand_as(x) + 0.01 * x  # all tokens alike: all go to the same experts

@@ -195,7 +195,7 @@ def test_stress_fails(wrong: Callable, column: str, tmp_path: Path, monkeypatch:
 
 
 def test_soak(tmp_path: Path) -> None:
-    assert soak.main(["--quick", "--seconds", "1", "--out", str(tmp_path)]) == 0
+    assert soak.main(["--quick", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path / "soak.csv")
     assert row["faults"] == "0"
     assert int(row["checks"]) > 0
@@ -204,7 +204,7 @@ def test_soak(tmp_path: Path) -> None:
 
 def test_soak_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "moe_mlp", zeros)
-    assert soak.main(["--quick", "--seconds", "0.5", "--out", str(tmp_path)]) == 1
+    assert soak.main(["--quick", "--steps", "6", "--out", str(tmp_path)]) == 1
     (row,) = rows_of(tmp_path / "soak.csv")
     assert row["faults"] == row["checks"]
 

@@ -135,12 +135,15 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _check_hopper(x: Tensor, layout: ExpertLayout) -> None:
-    """Raise ValueError if the Hopper kernels, which were asked for, do not exist for these experts."""
+def _check_hopper(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout) -> None:
+    """Raise ValueError if there are no Hopper kernels, which were asked for, for these experts."""
     if not _is_hopper(x.device):
         _fail("backend", "a device of compute capability 9.0 for 'hopper'", f"tensors on {x.device}")
     if x.element_size() != 2:
         _fail("x", "bfloat16 or float16 for backend 'hopper'", x.dtype)
+    for name, weight in (("w1", w1), ("w2", w2), ("w3", w3)):
+        if weight is not None and (max(weight.stride()) % 8 or weight.storage_offset() % 8):
+            _fail(name, "rows that start at 16 bytes for backend 'hopper'", f"strides {weight.stride()}")
     odd = [size for size in (x.shape[-1], *layout.widths) if size % 64]
     if odd:
         _fail("layout", "H and every width a multiple of 64 for backend 'hopper'", odd[0])
@@ -255,7 +258,7 @@ def moe_mlp(
         if activation_memory == "exact" and _is_captured(x):
             _fail("activation_memory", "'bounded' while a CUDA graph is captured", "'exact'")
         if backend == "hopper":
-            _check_hopper(x, layout)
+            _check_hopper(x, w1, w2, w3, layout)
         from triton_moe.ops.moe_mlp import moe_mlp as on_kernels
 
         run = functools.partial(on_kernels, backend=backend)
@@ -273,6 +276,8 @@ def route(topk_ids: Tensor, layout: ExpertLayout, *, backend: str = "auto") -> R
     """
     _check_type(layout, ExpertLayout, "layout", "an ExpertLayout")
     _check_ids(topk_ids, layout)
+    if backend == "hopper":
+        _fail("backend", "auto, triton or torch: the Hopper kernels are in moe_mlp alone", repr(backend))
     if not runs_kernels(topk_ids.device, None, backend):
         return torch_backend.route(topk_ids, layout)
     from triton_moe.ops.building_blocks import route as run

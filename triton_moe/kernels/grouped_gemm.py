@@ -141,8 +141,8 @@ def grouped_gemm_up_fwd(
     x, hidden_size = rows_contiguous(x), x.shape[1]
     w1 = loadable(w1, routing)
     w3 = None if w3 is None else with_strides_of(loadable(w3, routing), w1)
-    if hopper.takes(routing, hidden_size, x, w1, w3):
-        hopper.up_fwd(x, w1, w3, out, pre, routing, activation, gathered)
+    if gathered and hopper.takes(routing, w1, w3):
+        hopper.up_fwd(x, w1, w3, out, pre, routing, activation)
         return
     launch, tables, num_tiles_n = _up_launcher(
         routing.layout, hidden_size, x.dtype, x.device, w3 is not None, TOP_K=routing.top_k, GATHER=gathered,
@@ -181,7 +181,7 @@ def grouped_gemm_down_fwd(
     hidden_size = w.shape[1]
     w = loadable(w.t(), routing).t()
     w_up = None if w_up is None else with_strides_of(loadable(w_up.t(), routing).t(), w)
-    if hopper.takes(routing, hidden_size, w, w_up):
+    if hopper.takes(routing, w, w_up):
         hopper.down_fwd(a, w, w_up, y, routing)
         return
     launch, tables, num_tiles_n = _down_launcher(

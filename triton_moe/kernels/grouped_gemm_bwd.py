@@ -175,17 +175,19 @@ def grouped_gemm_dh(
     (ragged, one part) and the gradient of the routing weights `(T, K)` in their dtype.
     """
     dout, hidden_size, num_slots = rows_contiguous(dout), dout.shape[1], routing.num_rows
-    topk_weights, on_hopper = topk_weights.contiguous(), hopper.takes(routing, hidden_size, dout, w2)
-    launch, tables, block_n = _dh_launcher(
-        routing.layout, hidden_size, pre.dtype, pre.device, is_gated(activation), TOP_K=routing.top_k,
-        ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype),
-    )  # fmt: skip
-    block_n = hopper.BLOCK_N if on_hopper else block_n
+    topk_weights = topk_weights.contiguous()
+    if hopper.takes(routing, w2):
+        launch, tables, block_n = None, layout_tables(routing.layout, pre.device), hopper.BLOCK_N
+    else:
+        launch, tables, block_n = _dh_launcher(
+            routing.layout, hidden_size, pre.dtype, pre.device, is_gated(activation), TOP_K=routing.top_k,
+            ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype),
+        )  # fmt: skip
     num_tiles_n = cdiv(routing.layout.max_width, block_n)
     act_weighted = pre.new_empty(pre.numel() // 2 if is_gated(activation) else pre.numel())
     partial = torch.empty(num_slots * num_tiles_n, dtype=torch.float32, device=pre.device)
     dweights = torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=pre.device)
-    if on_hopper:
+    if launch is None:
         hopper.dh(dout, w2, pre, topk_weights, routing, activation, dpre, act_weighted, partial)
     else:
         launch(
@@ -223,8 +225,8 @@ def grouped_gemm_dw(
     transposed), dw_up has dw's.
     """
     x, hidden_size, parts = rows_contiguous(x), x.shape[1], 1 if dw_up is None else 2
-    if hopper.takes(routing, hidden_size, x, dw, dw_up):
-        hopper.dw(x, d, dw, dw_up, routing, gathered)
+    if gathered and hopper.takes(routing, dw, dw_up):
+        hopper.dw(x, d, dw, dw_up, routing)
         return
     launch, tables, num_tiles_m, num_tiles_n = _dw_launcher(
         routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, PARTS=parts,

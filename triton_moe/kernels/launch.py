@@ -18,14 +18,17 @@ class Launcher:
     """A kernel with its compile-time arguments. Called with a grid and the run-time arguments, which come first.
 
     Triton works out at every launch which compiled kernel the arguments ask for. Here that is looked up by what it
-    depends on: the arguments' dtypes, and the values of the integers among them. What is not known yet, tensors that
-    are not aligned to 16 bytes, and every launch while a profiler hooks into Triton's, take Triton's way. An empty grid
-    launches nothing. The kernel runs on the tensors' device, current or not.
+    depends on: the arguments' dtypes, and the values of the integers among them, unless the kernel says that it does
+    not specialise to one. What is not known yet, tensors that are not aligned to 16 bytes, and every launch while a
+    profiler hooks into Triton's, take Triton's way. An empty grid launches nothing. The kernel runs on the tensors'
+    device, current or not.
     """
 
     def __init__(self, kernel: Any, **options: Any) -> None:
         self.kernel = kernel
         self.options = options
+        names = getattr(kernel, "do_not_specialize", ())
+        self._unspecialized = [i for i, name in enumerate(kernel.arg_names) if name in names]
         self._compiled: dict[tuple, tuple] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: Tensor | TensorDescriptor | int | None) -> None:
@@ -54,6 +57,9 @@ class Launcher:
                 addresses |= address
                 values.append(address)
                 key.append(arg.dtype)
+        for i in self._unspecialized:  # an int32 compiles to the same whatever it is
+            if values[i] < 2**31:
+                key[i + 1] = int
         aligned = addresses % 16 == 0
         known = self._compiled.get(tuple(key)) if aligned else None
         hooks = triton.knobs.runtime

@@ -203,7 +203,7 @@ def route(topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Rout
     num_spans = cdiv(num_slots, span)
     packed = torch.empty(packed_numel(num_slots, layout), dtype=torch.int32, device=ids.device)
     span_counts = torch.empty(num_spans * experts, dtype=torch.int32, device=ids.device)
-    routing = unpack(packed, topk_ids, layout)
+    routing = unpack(packed, topk_ids, layout, backend)
     count((num_spans,), ids, span_counts, num_slots, span)
     place(
         (max(num_spans, min(num_experts, _MAX_SPANS)),), ids, span_counts, tables.widths, tables.width_rank,

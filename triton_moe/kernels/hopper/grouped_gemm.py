@@ -72,7 +72,7 @@ def produce(
     """Fill the ring for every tile of this program.
 
     RAGGED_A: a is a ragged buffer of PARTS parts, the widths are the reduction, weights (S, H). Otherwise a has rows of
-    H elements, of tokens if TOP_K, else in expert order; weights (H, S). TILE_N: output columns of a tile; half of
+    H elements, gathered by row_to_slot; weights (H, S). TILE_N: output columns of a tile; half of
     BLOCK_N where w and w_up are multiplied side by side.
     """
     ring, a, w, w_up, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_at = operands
@@ -93,9 +93,7 @@ def produce(
                 first_k = offset
                 n = col
             else:
-                source = first_row + local
-                if TOP_K > 0:
-                    source = gl.load(row_to_slot + source) // TOP_K
+                source = gl.load(row_to_slot + first_row + local) // TOP_K
                 a_rows = a + source.to(gl.int64) * stride_at
                 num_steps = H // BLOCK_K
                 first_k = 0
@@ -218,7 +216,8 @@ def finish_down(
                     buffer.store(tiles[p].to(buffer.dtype))
                     fence_async_shared()
                     store_box(y_boxes, [first_row, at], buffer)
-                else:
+                else:  # commits nothing, so a wait for all but the last store would not do
+                    tma.store_wait(pendings=0)
                     store_rows(buffer, tiles[p], y + first_row.to(gl.int64) * H + at, H, num_rows, H - at)
     tma.store_wait(pendings=0)
 
@@ -241,7 +240,7 @@ def grouped_gemm_down_hopper_kernel(
         [
             (finish_down, (consumer, 0, PARTS, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
             (finish_down, (consumer, 1, PARTS, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
-            (produce, (producer, True, PARTS, 0, B_BY_K, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
+            (produce, (producer, True, PARTS, 1, B_BY_K, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -56,9 +56,10 @@ def finish_dh(
             pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
             dpre_start = ragged_rows(dpre, expert, start, width, ragged_offsets, PARTS) + col
             weighted_start = ragged_rows(act_weighted, expert, start, width, ragged_offsets, 1) + col
-            copy_rows(gate_in, pre_start, stride, num_rows, width - col)
+            num_cols = gl.minimum(width - col, BLOCK_N)
+            copy_rows(gate_in, pre_start, stride, num_rows, num_cols)
             if GATED:
-                copy_rows(up_in, pre_start + width, stride, num_rows, width - col)
+                copy_rows(up_in, pre_start + width, stride, num_rows, num_cols)
             async_copy.commit_group()
             acc, stage, phase = multiply(
                 ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
@@ -75,14 +76,14 @@ def finish_dh(
             weight = gl.load(topk_weights + slots, mask=exists, other=0).to(gl.float32)[:, None]
             dweights = gl.zeros((HALF_M,), gl.float32, gl.SliceLayout(1, layout))
             # A loop whose pieces move up by one: unrolled, the code would not fit into the instruction cache.
-            for at in range(0, gl.minimum(width - col, BLOCK_N), DH_PIECE_N):
+            for at in range(0, num_cols, DH_PIECE_N):
                 async_copy.wait_group(0)
                 gate = gate_in.load(layout).to(gl.float32)
                 act = act_fwd(gate, ACTIVATION, True)
                 slope = act_bwd(gate, ACTIVATION, True)
                 up = up_in.load(layout).to(gl.float32) if GATED else 1.0
                 after = pre_start + at + DH_PIECE_N
-                cols_after = width - col - at - DH_PIECE_N
+                cols_after = num_cols - at - DH_PIECE_N
                 copy_rows(gate_in, after, stride, num_rows, cols_after)
                 if GATED:
                     copy_rows(up_in, after + width, stride, num_rows, cols_after)
@@ -135,8 +136,7 @@ def grouped_gemm_dh_hopper_kernel(
 
 @gluon.jit
 def locate_dw(
-    tile, tables, num_tiles_m, num_tiles_n, H, PARTS: gl.constexpr, RAGGED_M: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    tile, tables, num_tiles_m, num_tiles_n, RAGGED_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):  # fmt: skip
     """-> a tile's expert, its width, first column in the packed weights, first row, rows, and the tile's place in the
     hidden dimension and in the expert's parts."""
@@ -157,12 +157,9 @@ def locate_dw(
 
 
 @gluon.jit
-def source_rows(row_to_slot, first_row, rows, start, num_rows, TOP_K: gl.constexpr):
-    """Rows of x for the expert's rows from `start`: of their tokens if TOP_K; anything past the last."""
-    source = first_row + start + rows
-    if TOP_K > 0:
-        source = gl.load(row_to_slot + source, mask=start + rows < num_rows, other=0) // TOP_K
-    return source
+def tokens_of(row_to_slot, first_row, rows, start, num_rows, TOP_K: gl.constexpr):
+    """Tokens of an expert's rows from `start`; anything past the last."""
+    return gl.load(row_to_slot + first_row + start + rows, mask=start + rows < num_rows, other=0) // TOP_K
 
 
 @gluon.jit
@@ -185,14 +182,14 @@ def produce_dw(
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, width, _, first_row, num_rows, hidden, inner = locate_dw(
-            tile, tables, num_tiles_m, num_tiles_n, H, PARTS, RAGGED_M, BLOCK_M, BLOCK_N
+            tile, tables, num_tiles_m, num_tiles_n, RAGGED_M, BLOCK_M, BLOCK_N
         )
         if inner < PARTS * width:
             x_inside = (x_cols // 8 < (H - hidden) // 8)[None, :]
             d_inside = (d_cols // 8 < (PARTS * width - inner) // 8)[None, :]
             d_start = d + PARTS * gl.load(ragged_offsets + expert) + inner
-            source = source_rows(row_to_slot, first_row, x_rows, 0, num_rows, TOP_K)
-            following = source_rows(row_to_slot, first_row, x_rows, BLOCK_K, num_rows, TOP_K)
+            source = tokens_of(row_to_slot, first_row, x_rows, 0, num_rows, TOP_K)
+            following = tokens_of(row_to_slot, first_row, x_rows, BLOCK_K, num_rows, TOP_K)
             for step in range(gl.cdiv(num_rows, BLOCK_K)):
                 rows_left = num_rows - step * BLOCK_K
                 x_ptrs = x + hidden + (source.to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
@@ -211,7 +208,7 @@ def produce_dw(
                 async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
                 d_start += BLOCK_K * PARTS * width.to(gl.int64)
                 source = following
-                following = source_rows(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows, TOP_K)
+                following = tokens_of(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows, TOP_K)
                 stage, phase = advance(stage, phase, STAGES)
     async_copy.wait_group(0)
 
@@ -228,7 +225,7 @@ def finish_dw(
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         _, width, offset, _, num_rows, hidden, inner = locate_dw(
-            tile, tables, num_tiles_m, num_tiles_n, H, PARTS, RAGGED_M, BLOCK_M, BLOCK_N
+            tile, tables, num_tiles_m, num_tiles_n, RAGGED_M, BLOCK_M, BLOCK_N
         )
         if inner < PARTS * width:
             if RAGGED_M:

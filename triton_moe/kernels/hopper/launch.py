@@ -15,11 +15,13 @@ from triton_moe.activations import GATE_ACTIVATION, is_gated
 from triton_moe.kernels.config import BLOCK_M, INTERPRETED, LayoutTables, capability, cdiv, layout_tables
 from triton_moe.kernels.hopper.grouped_gemm import grouped_gemm_down_hopper_kernel, grouped_gemm_up_hopper_kernel
 from triton_moe.kernels.hopper.grouped_gemm_bwd import grouped_gemm_dh_hopper_kernel, grouped_gemm_dw_hopper_kernel
+from triton_moe.kernels.hopper.pipeline import BLOCK_K, HALF_M, PIECE_N
 from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import ExpertLayout, Routing
 
 BLOCK_N = 256
-_BLOCK_K = 64
+_BLOCK_K = BLOCK_K.value
+assert INTERPRETED or 2 * HALF_M.value == BLOCK_M
 
 
 @functools.lru_cache(maxsize=256)
@@ -40,16 +42,23 @@ def _aligned(matrix: Tensor) -> bool:
     return inner == 1 and outer % 8 == 0 and matrix.data_ptr() % 16 == 0
 
 
-def takes(routing: Routing, hidden_size: int, *matrices: Tensor | None) -> bool:
-    """Whether a product of these matrices over these rows runs here."""
-    first = matrices[0]
+def takes(routing: Routing, *weights: Tensor | None) -> bool:
+    """Whether a product of these weights, or for them, runs here: if that was asked for, there are rows, and no weight
+    lies askew in memory."""
+    first = weights[0]
     assert first is not None
+    hidden_size = first.numel() // routing.layout.total_width
     return (
         routing.backend == "hopper"
         and routing.num_rows > 0
         and fits(routing.layout, hidden_size, first.dtype, first.device)
-        and all(matrix is None or _aligned(matrix) for matrix in matrices)
+        and all(weight is None or _aligned(weight) for weight in weights)
     )
+
+
+def _straight(x: Tensor) -> Tensor:
+    """Rows that start at 16 bytes: the matrix itself, or a copy."""
+    return x if _aligned(x) and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,11 +95,11 @@ _REGISTERS, _GATED_DH_REGISTERS = (56, 224), (40, 232)
 
 def up_fwd(
     x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor | None, pre: Tensor | None, routing: Routing,
-    activation: str, gathered: bool,
+    activation: str,
 ) -> None:  # fmt: skip
-    layout, gated, by_k = routing.layout, w3 is not None, w1.stride(1) != 1
+    x, layout, gated, by_k = _straight(x), routing.layout, w3 is not None, w1.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_up_hopper_kernel, layout, x.device, _REGISTERS, TOP_K=routing.top_k if gathered else 0,
+        grouped_gemm_up_hopper_kernel, layout, x.device, _REGISTERS, TOP_K=routing.top_k,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, KEEP_PRE=pre is not None,
         KEEP_ACT=out is not None, B_BY_K=by_k,
     )  # fmt: skip
@@ -108,16 +117,13 @@ def up_fwd(
 def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
     hidden_size, by_k = w.shape[1], w.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_down_hopper_kernel,
-        routing.layout,
-        a.device,
-        _REGISTERS,
-        PARTS=1 if w_up is None else 2,
+        grouped_gemm_down_hopper_kernel, routing.layout, a.device, _REGISTERS, PARTS=1 if w_up is None else 2,
         B_BY_K=by_k,
-    )
+    )  # fmt: skip
     num_tiles_n = cdiv(hidden_size, BLOCK_N)
     boxes = _boxes(w, BLOCK_N, by_k)
-    y_boxes = TensorDescriptor.from_tensor(y, [_BLOCK_K, _BLOCK_K], _shared_layout((_BLOCK_K, _BLOCK_K), y.dtype))
+    piece = HALF_M.value, PIECE_N.value
+    y_boxes = TensorDescriptor.from_tensor(y, list(piece), _shared_layout(piece, y.dtype))
     launch(
         (programs,), a, boxes, boxes if w_up is None else _boxes(w_up, BLOCK_N, by_k), y, y_boxes, tables.widths,
         tables.offsets, routing.row_offsets, routing.row_blocks, routing.ragged_offsets, hidden_size,
@@ -130,7 +136,7 @@ def dh(
     act_weighted: Tensor, dweights_partial: Tensor,
 ) -> None:  # fmt: skip
     """`dweights_partial (R, tiles)`: a partial sum for each tile of BLOCK_N columns."""
-    by_k, gated = w2.stride(1) == 1, is_gated(activation)
+    dout, by_k, gated = _straight(dout), w2.stride(1) == 1, is_gated(activation)
     launch, tables, programs = _launcher(
         grouped_gemm_dh_hopper_kernel, routing.layout, dout.device, _GATED_DH_REGISTERS if gated else _REGISTERS,
         TOP_K=routing.top_k, ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, B_BY_K=by_k,
@@ -143,11 +149,12 @@ def dh(
     )  # fmt: skip
 
 
-def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing, gathered: bool) -> None:
-    layout, hidden_size, parts, ragged_m = routing.layout, x.shape[1], 1 if dw_up is None else 2, dw.stride(1) != 1
+def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing) -> None:
+    x, layout, hidden_size = _straight(x), routing.layout, x.shape[1]
+    parts, ragged_m = 1 if dw_up is None else 2, dw.stride(1) != 1
     launch, tables, programs = _launcher(
         grouped_gemm_dw_hopper_kernel, layout, x.device, _REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
-        TOP_K=routing.top_k if gathered else 0,
+        TOP_K=routing.top_k,
     )  # fmt: skip
     across, down = (hidden_size, parts * layout.max_width)[:: 1 if ragged_m else -1]
     num_tiles_m, num_tiles_n = cdiv(down, BLOCK_M), cdiv(across, BLOCK_N)

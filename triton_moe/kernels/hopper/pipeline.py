@@ -64,6 +64,7 @@ def make_ring(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=READY_COUNT)
         mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
     return a, b, ready, empty
 
 
