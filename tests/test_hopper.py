@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import KERNEL_DEVICE
 
 from operators import inputs_for
-from triton_moe import ExpertLayout, moe_mlp
+from triton_moe import ExpertLayout, functional, moe_mlp
 from triton_moe.activations import ACTIVATIONS
 from triton_moe.testing import Case, Inputs, check_against_oracle, poison_empty, run
 
@@ -124,6 +125,32 @@ def test_bad_input() -> None:
         run(moe_mlp, inputs, backend="hopper")
 
 
+def test_building_blocks_have_no_hopper_kernels() -> None:
+    with pytest.raises(ValueError, match=r"^backend: expected auto, triton or torch"):
+        functional.route(torch.zeros(4, 1, dtype=torch.int32), ExpertLayout((64,)), backend="hopper")
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "askew", "message"),
+    [
+        ((64, 128), torch.float32, False, "x: expected bfloat16 or float16"),
+        ((64, 100), torch.bfloat16, False, "layout: expected H and every width a multiple of 64"),
+        ((64, 128), torch.bfloat16, True, "w1: expected rows that start at 16 bytes"),
+    ],
+)
+def test_what_it_cannot_take(
+    widths: tuple[int, ...], dtype: torch.dtype, askew: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "_is_hopper", lambda device: True)
+    inputs = inputs_for(Case(8, 64, widths, 2, "swiglu", reason="not for Hopper"), dtype, KERNEL_DEVICE)
+    w1 = torch.cat([inputs.w1, inputs.w1[:, :1]], dim=1)[:, :-1] if askew else inputs.w1
+    with pytest.raises(ValueError, match=f"^{message}"):
+        moe_mlp(
+            inputs.x, inputs.topk_weights, inputs.topk_ids, w1, inputs.w2, inputs.w3, layout=inputs.layout,
+            activation="swiglu", backend="hopper",
+        )  # fmt: skip
+
+
 hopper_only = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
 )
@@ -182,17 +209,6 @@ def test_cases(case: Case, dtype: torch.dtype) -> None:
 def test_every_activation(activation: str) -> None:
     case = Case(12 if "re" in activation else 150, 128, (128, 64, 0, 192), 2, activation, reason="every activation")
     check_against_oracle(kernels, inputs_for(case, torch.bfloat16, "cuda"))
-
-
-@pytest.mark.gpu
-@hopper_only
-def test_what_it_cannot_do_is_said() -> None:
-    inputs = inputs_for(Case(8, 64, (64, 100), 2, "swiglu", reason="an odd width"), torch.bfloat16, "cuda")
-    with pytest.raises(ValueError, match=r"^layout: expected H and every width a multiple of 64"):
-        run(kernels, inputs)
-    inputs = inputs_for(Case(8, 64, (64,), 1, "swiglu", reason="wide numbers"), torch.float32, "cuda")
-    with pytest.raises(ValueError, match=r"^x: expected bfloat16 or float16"):
-        run(kernels, inputs)
 
 
 @pytest.mark.gpu

@@ -141,12 +141,14 @@ def _check_hopper(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: 
         _fail("backend", "a device of compute capability 9.0 for 'hopper'", f"tensors on {x.device}")
     if x.element_size() != 2:
         _fail("x", "bfloat16 or float16 for backend 'hopper'", x.dtype)
-    for name, weight in (("w1", w1), ("w2", w2), ("w3", w3)):
-        if weight is not None and (max(weight.stride()) % 8 or weight.storage_offset() % 8):
-            _fail(name, "rows that start at 16 bytes for backend 'hopper'", f"strides {weight.stride()}")
     odd = [size for size in (x.shape[-1], *layout.widths) if size % 64]
     if odd:
         _fail("layout", "H and every width a multiple of 64 for backend 'hopper'", odd[0])
+    for name, weight in (("w1", w1), ("w2", w2), ("w3", w3)):
+        if weight is None:
+            continue
+        if min(weight.stride()) != 1 or max(weight.stride()) % 8 or weight.storage_offset() % 8:
+            _fail(name, "rows that start at 16 bytes for backend 'hopper'", f"strides {weight.stride()}")
 
 
 def check_router_input(
