@@ -1,52 +1,20 @@
-"""The kernels compile for GPUs that are not here, within their shared memory, without spilling registers much.
-
-In a process of its own, because here the kernels are made for the interpreter. A stand-in driver names the target, and
-the launchers run as they are up to the launch itself, so what is compiled is what users get.
-"""
-
-import json
-import os
-import subprocess
-import sys
+"""The portable kernels compile for GPUs that are not here, within their shared memory."""
 
 import pytest
+
+from offline import compiled_by
 
 pytest.importorskip("triton")
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a program may use (CUDA programming guide)
 
 PROGRAM = """
-import json, re, sys, warnings
-warnings.simplefilter("ignore")
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
-
-capability = int(sys.argv[1])
-
-class Utils:
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
-
-class Driver:
-    utils = Utils()
-    get_current_target = lambda self: GPUTarget("cuda", capability, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-    get_active_torch_device = lambda self: torch.device("cpu")
-    map_python_to_cpp_type = lambda self, kind: kind
-
-driver.set_active(Driver())
-compiled = []
-run = jit.JITFunction.run
-
-def compile_only(self, *args, grid, warmup, **options):
-    kernel = run(self, *args, grid=(1,), warmup=True, **options)
+def describe(name, kernel, options):
     ptx = kernel.asm["ptx"]
     narrow = len(re.findall(r"ld\\.global[.a-z0-9:]*\\.b16", ptx))
-    compiled.append((self.__name__, kernel.metadata.shared, ptx.count("wgmma.mma_async"), narrow if odd_widths else 0))
+    return name, kernel.metadata.shared, ptx.count("wgmma.mma_async"), narrow if odd_widths else 0
 
-jit.JITFunction.run = compile_only
+describe_each(describe)
 
 from triton_moe import ExpertLayout
 from triton_moe.kernels import config
@@ -78,17 +46,12 @@ for dtype, activation, widths, H in (
     x_up = building_blocks.grouped_gemm_up(x, w1, w3 if gated else None, routing=routing, activation=activation)
     y = building_blocks.grouped_gemm_down(x_up, w2, routing=routing)
     building_blocks.scatter(y, weights, routing=routing).sum().backward()
-print(json.dumps(compiled))
 """
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_compiles_within_shared_memory(capability: int) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", PROGRAM, str(capability)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    compiled = json.loads(result.stdout)
+    compiled = compiled_by(PROGRAM, capability)
     names = {name for name, *_ in compiled}
     assert {f"grouped_gemm_{name}_kernel" for name in ("up_fwd", "down_fwd", "dh", "dw")} <= names
     assert {"route_count_kernel", "route_place_kernel", "gather_fwd_kernel", "scatter_fwd_kernel"} <= names

@@ -1,16 +1,13 @@
 """The Hopper kernels: compiled here for a GPU that is not, and on one against the oracle."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import KERNEL_DEVICE
 
+from offline import compiled_by
 from operators import inputs_for
 from triton_moe import ExpertLayout, functional, moe_mlp
 from triton_moe.activations import ACTIVATIONS
@@ -22,49 +19,27 @@ MAX_SHARED_MEMORY = 232_448  # bytes of a block, CUDA programming guide, compute
 MAX_SPILL = {"silu": 12, "gelu_tanh": 28}  # bytes of a thread, once a tile, in dh alone: its registers just suffice
 MAX_REGISTERS = 504  # of a producer's and two consumers' threads: a third of them, 168, is what a launch gives each
 
-# In a process of its own, because here Triton interprets; what launches here only compiles.
 PROGRAM = """
-import json, re, subprocess, tempfile
-import torch
-from triton.backends.compiler import GPUTarget
+import subprocess, tempfile
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver, jit
 
-class Utils:
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
-
-class Driver:
-    utils = Utils()
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-    get_active_torch_device = lambda self: torch.device("cpu")
-    map_python_to_cpp_type = lambda self, kind: kind
-
-driver.set_active(Driver())
-compiled = []
-run = jit.JITFunction.run
-
-def compile_only(self, *args, grid, warmup, **options):
-    kernel = run(self, *args, grid=(1,), warmup=True, **options)
+def describe(name, kernel, options):
+    ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(kernel.asm["ptx"])
+        file.write(ptx)
         file.flush()
         command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    compiled.append({
-        "name": self.__name__,
+    return {
+        "name": name,
         "activation": options.get("ACTIVATION"),
         "spill": int(re.search(r"(\\d+) bytes spill stores", said).group(1)),
         "serialized": len(re.findall(r"C7510|C7515|serializ", said)),
-        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async.sync.aligned.m64n256k16"),
-        "wide_copies": len(re.findall(r"cp\\.async\\.cg\\.shared\\.global [^;]*0x10", kernel.asm["ptx"])),
+        "wgmma": ptx.count("wgmma.mma_async.sync.aligned.m64n256k16"),
+        "wide_copies": len(re.findall(r"cp\\.async\\.cg\\.shared\\.global [^;]*0x10", ptx)),
         "shared": kernel.metadata.shared,
         "registers": options["PRODUCER_REGISTERS"] + 2 * options["CONSUMER_REGISTERS"],
-    })
-
-jit.JITFunction.run = compile_only
+    }
 
 from triton_moe import ExpertLayout
 from triton_moe.kernels.hopper import launch as hopper
@@ -74,7 +49,7 @@ hopper._num_programs = lambda device: 132
 jit.JITFunction.run = lambda *args, **options: None
 T, H, K, layout = 256, 1536, 2, ExpertLayout.from_widths((512, 64, 0, 128))
 routing = route(torch.zeros(T, K, dtype=torch.int32), layout, "hopper")
-jit.JITFunction.run = compile_only
+describe_each(describe)
 S, R = layout.total_width, T * K
 for dtype in (torch.bfloat16, torch.float16):
     empty = lambda *shape: torch.zeros(*shape, dtype=dtype)
@@ -92,21 +67,11 @@ for dtype in (torch.bfloat16, torch.float16):
             hopper.dw(x, one, w2.t(), None, routing)
             hopper.dw(x, pre, w1, up, routing)
             hopper.down_fwd(pre, w1.t(), None if up is None else up.t(), y, routing)
-print(json.dumps(compiled))
 """
 
 
-@functools.cache
-def compiled_kernels() -> tuple[dict, ...]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", PROGRAM]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return tuple(json.loads(result.stdout))
-
-
 def test_compiles_to_what_hopper_is_fast_at() -> None:
-    kernels = compiled_kernels()
+    kernels = compiled_by(PROGRAM, 90)
     assert {kernel["name"] for kernel in kernels} == {
         f"grouped_gemm_{name}_hopper_kernel" for name in ("up", "down", "dh", "dw")
     }

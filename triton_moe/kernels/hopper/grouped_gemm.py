@@ -55,6 +55,16 @@ def ragged_rows(buffer, expert, start, width, ragged_offsets, PARTS: gl.constexp
 
 
 @gluon.jit
+def make_weights_ring(
+    element: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):
+    """The ring of `produce`: ready when its rows have arrived, a thread's at a time, and its weights, all at once."""
+    B_SHAPE_0: gl.constexpr = BLOCK_N if B_BY_K else BLOCK_K
+    B_SHAPE_1: gl.constexpr = BLOCK_K if B_BY_K else BLOCK_N
+    return make_ring(element, BLOCK_M, BLOCK_K, B_SHAPE_0, B_SHAPE_1, STAGES, PRODUCER_THREADS + 1)
+
+
+@gluon.jit
 def copy_weights(w, k, n, bar, tile, B_BY_K: gl.constexpr):
     """A box of `w` whose reduction starts at k and whose columns start at n."""
     if B_BY_K:
@@ -171,10 +181,7 @@ def grouped_gemm_up_hopper_kernel(
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     TILE_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    ring = make_ring(
-        x.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
-        PRODUCER_THREADS + 1,
-    )  # fmt: skip
+    ring = make_weights_ring(x.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
     consumer = (ring, buffers, pre, out, tables, ragged_offsets, num_tiles, num_tiles_n, H)
@@ -228,10 +235,7 @@ def grouped_gemm_down_hopper_kernel(
     PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    ring = make_ring(
-        a.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
-        PRODUCER_THREADS + 1,
-    )  # fmt: skip
+    ring = make_weights_ring(a.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(a.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
     consumer = (ring, buffers, y, y_boxes, tables, num_tiles, num_tiles_n, H)

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from triton_moe.kernels.activation import act_bwd, act_fwd
-from triton_moe.kernels.hopper.grouped_gemm import locate, produce, ragged_rows
+from triton_moe.kernels.hopper.grouped_gemm import locate, make_weights_ring, produce, ragged_rows
 from triton_moe.kernels.hopper.pipeline import (
     BLOCK_K,
     HALF_M,
@@ -112,10 +112,7 @@ def grouped_gemm_dh_hopper_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    ring = make_ring(
-        dout.dtype.element_ty, BLOCK_M, BLOCK_K, BLOCK_N if B_BY_K else BLOCK_K, BLOCK_K if B_BY_K else BLOCK_N, STAGES,
-        PRODUCER_THREADS + 1,
-    )  # fmt: skip
+    ring = make_weights_ring(dout.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(dout.dtype.element_ty, 8, DH_PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
     consumer = (
