@@ -60,6 +60,6 @@ def test_compiles_within_shared_memory(capability: int) -> None:
     assert [(name, shared) for name, shared, *_ in compiled if shared > 1024 * SHARED_MEMORY[capability]] == []
     if capability == 90:
         gemms = {name for name, *_ in compiled if name.startswith("grouped_gemm")}
-        assert {name for name, _, wgmma, _ in compiled if wgmma} == gemms
+        assert gemms <= {name for name, _, wgmma, _ in compiled if wgmma}
     # However odd the widths, a GEMM of the layer with many rows loads 16 bytes at a time.
     assert [name for name, *_, narrow in compiled if narrow and name.startswith("grouped_gemm")] == []

@@ -30,6 +30,21 @@ def assert_schedule_covers_rows(routing: Routing) -> None:
     assert [widths[e] for e, _ in used] == sorted((widths[e] for e, _ in used), reverse=True)
 
 
+def assert_tiles_cover_experts(routing: Routing) -> None:
+    """Every block of columns of every expert is listed once, and once for each of its row blocks; in order."""
+    widths, rows, tiles = routing.layout.widths, routing.row_offsets.diff().tolist(), routing.tiles
+    assert tiles is not None
+    row_blocks = [-(-n // routing.block_m) for n in rows]
+    assert tiles.numbers[0] == sum(row_blocks)
+    for number, columns in zip(tiles.numbers[1:3].tolist(), (128, 256), strict=True):
+        blocks = [-(-width // columns) for width in widths]
+        ragged = tiles.ragged[columns][: 2 * number].view(-1, 2).tolist()
+        assert sorted(ragged) == [[e, i] for e, n in enumerate(row_blocks) for i in range(n * blocks[e])]
+        assert [widths[e] for e, _ in ragged] == sorted((widths[e] for e, _ in ragged), reverse=True)
+        weights = tiles.weights[columns][: 2 * sum(blocks)].view(-1, 2).tolist()
+        assert weights == [[e, i] for e in routing.expert_order.tolist() for i in range(blocks[e])]
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_route_matches_the_oracle(case: Case, device: str, ids_dtype: torch.dtype) -> None:
@@ -38,6 +53,7 @@ def test_route_matches_the_oracle(case: Case, device: str, ids_dtype: torch.dtyp
         ours, theirs = routings(inputs)
     assert_same_routing(ours, theirs)
     assert_schedule_covers_rows(ours)
+    assert_tiles_cover_experts(ours)
     assert_same_routing(functional.route(inputs.topk_ids, inputs.layout, backend="torch"), theirs)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import index
+from typing import NamedTuple
 
 from torch import Tensor, sym_min
 
@@ -118,6 +119,10 @@ class ExpertLayout:
         lonely = 0 if any(len(experts) > 1 for experts in classes.values()) else 1
         return [len(classes[width]) if len(classes[width]) > 1 else lonely for width in self.widths]
 
+    def num_column_blocks(self, columns: int) -> int:
+        """How many blocks of so many columns the experts have, the last of each cut off where the expert ends."""
+        return sum(-(-width // columns) for width in self.widths)
+
     def columns(self, expert: int) -> slice:
         """The expert's columns in w1 and w3, its rows in w2."""
         return slice(self.offsets[expert], self.offsets[expert] + self.widths[expert])
@@ -131,6 +136,21 @@ class ExpertLayout:
         if not -packed.dim() <= dim < packed.dim() or packed.shape[dim] != self.total_width:
             raise ValueError(f"packed: expected {self.total_width} along dim {dim}, got shape {tuple(packed.shape)}")
         return packed.split(self.widths, dim)
+
+
+class TileLists(NamedTuple):
+    """Tiles of ragged matrices, for kernels whose programs walk a list: none is outside of an expert.
+
+    With n = ceil(I_e / columns) blocks of columns, an expert has n tiles for each of its row blocks in a ragged buffer,
+    where (e, i) is the tile of row block i // n and columns i % n, and n tiles for each block of rows of its weights.
+    """
+
+    numbers: Tensor
+    """(4) entries of `row_blocks` that exist, of `ragged[128]`, of `ragged[256]`; 0."""
+    ragged: dict[int, Tensor]
+    """Columns of a block -> (expert, i), widest experts first."""
+    weights: dict[int, Tensor]
+    """Columns of a block -> (expert, i) for each of its blocks, experts with most rows first."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +175,7 @@ class Routing:
 
         row_blocks      (B, 2)  (expert, i) for rows i*block_m ... of that expert, widest experts first, then (-1, -1)
         expert_order    (E)     experts by row count, largest first
+        tiles                   see `TileLists`
     """
 
     layout: ExpertLayout
@@ -178,6 +199,8 @@ class Routing:
     """Rows of a row block; 0 without a tile schedule."""
     backend: str = "auto"
     """As asked for: the GEMMs over these rows run on the Hopper kernels if it is "hopper"."""
+    tiles: TileLists | None = None
+    """None without a tile schedule."""
     packed: Tensor | None = None
     """The one tensor that all but `topk_ids` are views of; None without a tile schedule."""
 

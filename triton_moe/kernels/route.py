@@ -19,10 +19,12 @@ from torch import Tensor
 from triton_moe.kernels.config import BLOCK_M, LayoutTables, cdiv, layout_tables
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import ROW_ALIGNMENT
-from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, num_row_blocks
+from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, TileLists, num_row_blocks
 
 _MAX_SPANS = 256
 """Programs that count: the second kernel reads this many counts an expert in each of its programs."""
+_COLUMNS = 128, 256
+"""Columns of the blocks that `TileLists` knows."""
 _TILE = 8192
 """Elements of a (slots, experts) comparison held in registers."""
 
@@ -42,11 +44,11 @@ def route_count_kernel(
     program = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     end = tl.minimum((program + 1) * span, num_slots)
-    counts = tl.zeros([EXPERTS], tl.int32)
+    counts = tl.zeros([SLOTS, EXPERTS], tl.int32)
     for first in range(program * span, end, SLOTS):
         ids = load_ids(topk_ids, first + tl.arange(0, SLOTS), end, NUM_EXPERTS)
-        counts += tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), 0)
-    tl.store(span_counts + program * EXPERTS + experts, counts)
+        counts += (ids[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(span_counts + program * EXPERTS + experts, tl.sum(counts, 0))
 
 
 @triton.jit
@@ -58,33 +60,53 @@ def fill(pointers, first, end, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def list_parts(entries, first, expert, number, BLOCK: tl.constexpr):
+    """entries[first + i] = (expert, i) for every i < number."""
+    for start in range(0, number, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        entry = entries + 2 * (first + part)
+        tl.store(entry, tl.full([BLOCK], 0, tl.int32) + expert, mask=part < number)
+        tl.store(entry + 1, part, mask=part < number)
+
+
+@triton.jit
 def schedule(
-    rows, experts, width_rank, row_blocks, num_row_blocks, expert_order,
+    rows, experts, width, width_rank, row_blocks, num_row_blocks, expert_order, tiles,
     NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row blocks, widest experts first, and experts by row count: each program writes those of its experts."""
+    """Row blocks, widest experts first, experts by row count, and the lists of tiles: each program writes those of its
+    experts."""
+    numbers, ragged_128, ragged_256, weights_128, weights_256 = tiles
     real = experts < NUM_EXPERTS
     rank = tl.load(width_rank + experts, mask=real, other=NUM_EXPERTS)
     blocks = tl.cdiv(rows, BLOCK_M)
+    narrow, wide = tl.cdiv(width, 128), tl.cdiv(width, 256)
     for expert in range(tl.program_id(0), NUM_EXPERTS, tl.num_programs(0)):
-        own_rows = tl.sum(tl.where(experts == expert, rows, 0))
-        larger = (rows > own_rows) | ((rows == own_rows) & (experts < expert))
-        tl.store(expert_order + tl.sum((larger & real).to(tl.int32)), expert)
-        own_rank = tl.load(width_rank + expert)
-        first_block = tl.sum(tl.where(rank < own_rank, blocks, 0))
+        own = experts == expert
+        own_rows = tl.sum(tl.where(own, rows, 0))
         own_blocks = tl.cdiv(own_rows, BLOCK_M)
-        for start in range(0, own_blocks, BLOCK):
-            block = start + tl.arange(0, BLOCK)
-            entry = row_blocks + 2 * (first_block + block)
-            tl.store(entry, tl.full([BLOCK], 0, tl.int32) + expert, mask=block < own_blocks)
-            tl.store(entry + 1, block, mask=block < own_blocks)
-    fill(row_blocks, 2 * tl.sum(blocks), 2 * num_row_blocks, -1, BLOCK)
+        larger = ((rows > own_rows) | ((rows == own_rows) & (experts < expert))) & real
+        wider = rank < tl.load(width_rank + expert)
+        tl.store(expert_order + tl.sum(larger.to(tl.int32)), expert)
+        list_parts(row_blocks, tl.sum(tl.where(wider, blocks, 0)), expert, own_blocks, BLOCK)
+        own_narrow, own_wide = tl.sum(tl.where(own, narrow, 0)), tl.sum(tl.where(own, wide, 0))
+        list_parts(ragged_128, tl.sum(tl.where(wider, blocks * narrow, 0)), expert, own_blocks * own_narrow, BLOCK)
+        list_parts(ragged_256, tl.sum(tl.where(wider, blocks * wide, 0)), expert, own_blocks * own_wide, BLOCK)
+        list_parts(weights_128, tl.sum(tl.where(larger, narrow, 0)), expert, own_narrow, BLOCK)
+        list_parts(weights_256, tl.sum(tl.where(larger, wide, 0)), expert, own_wide, BLOCK)
+    total_blocks = tl.sum(blocks)
+    fill(row_blocks, 2 * total_blocks, 2 * num_row_blocks, -1, BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(numbers, total_blocks)
+        tl.store(numbers + 1, tl.sum(blocks * narrow))
+        tl.store(numbers + 2, tl.sum(blocks * wide))
 
 
 @triton.jit(do_not_specialize=["num_slots", "span", "num_spans", "num_row_blocks"])
 def route_place_kernel(
     topk_ids, span_counts, widths, width_rank,
     counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
+    numbers, ragged_128, ragged_256, weights_128, weights_256,
     num_slots, span, num_spans, num_row_blocks,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNMENT:
     tl.constexpr,
@@ -112,19 +134,27 @@ def route_place_kernel(
         tl.store(ragged_offsets, 0)
         tl.store(ragged_offsets + 1 + experts, tl.cumsum(tl.cdiv(numel, ALIGNMENT) * ALIGNMENT, 0), mask=real)
 
+    # Of a span's slots, how many before each name its expert: a product with a triangle of ones, where a scan down the
+    # columns would wait at a barrier for every few rows.
+    places = tl.arange(0, SLOTS)
+    before = (places[None, :] < places[:, None]).to(tl.float16)
     next_row = last_row - rows + earlier
     end = tl.minimum((program + 1) * span, num_slots)
     for first in range(program * span, end, SLOTS):
-        slots = first + tl.arange(0, SLOTS)
+        slots = first + places
         ids = load_ids(topk_ids, slots, end, NUM_EXPERTS)
-        owns = ((ids[:, None] == experts[None, :]) & (width > 0)[None, :]).to(tl.int32)
-        row = tl.sum(owns * (next_row[None, :] + tl.cumsum(owns, 0) - 1), 1)
-        placed = tl.sum(owns, 1) > 0
+        placed = tl.load(widths + ids, mask=ids >= 0, other=0) > 0
+        owns = (ids[:, None] == experts[None, :]) & placed[:, None]
+        rank = tl.dot(before, owns.to(tl.float16)).to(tl.int32)
+        row = tl.sum(tl.where(owns, next_row[None, :] + rank, 0), 1)
         tl.store(slot_to_row + slots, tl.where(placed, row, -1), mask=slots < end)
         tl.store(row_to_slot + row, slots, mask=placed)
-        next_row += tl.sum(owns, 0)
+        next_row += tl.sum(owns.to(tl.int32), 0)
     fill(row_to_slot, tl.sum(rows), num_slots, -1, SLOTS)
-    schedule(rows, experts, width_rank, row_blocks, num_row_blocks, expert_order, NUM_EXPERTS, BLOCK_M, SLOTS)
+    tiles = (numbers, ragged_128, ragged_256, weights_128, weights_256)
+    schedule(
+        rows, experts, width, width_rank, row_blocks, num_row_blocks, expert_order, tiles, NUM_EXPERTS, BLOCK_M, SLOTS
+    )
 
 
 class _Launchers(NamedTuple):
@@ -132,16 +162,17 @@ class _Launchers(NamedTuple):
     place: Launcher
     tables: LayoutTables
     experts: int
-    """E, padded to a power of 2."""
+    """E, padded to a power of 2, 16 at least."""
     slots: int
-    """Slots a program compares with all experts at once: a span is a multiple of them."""
+    """Slots a program compares with all experts at once, 16 at least: a span is a multiple of them."""
 
 
 @functools.lru_cache(maxsize=256)
 def _launchers(layout: ExpertLayout, device: torch.device) -> _Launchers:
-    experts = triton.next_power_of_2(layout.num_experts)
-    slots = max(1, min(64, _TILE // experts))
-    options = {"NUM_EXPERTS": layout.num_experts, "EXPERTS": experts, "SLOTS": slots}
+    experts = max(16, triton.next_power_of_2(layout.num_experts))
+    slots = max(16, min(64, _TILE // experts))
+    num_warps = min(16, max(4, slots * experts // (_TILE // 4)))
+    options = {"NUM_EXPERTS": layout.num_experts, "EXPERTS": experts, "SLOTS": slots, "num_warps": num_warps}
     return _Launchers(
         Launcher(route_count_kernel, **options),
         Launcher(route_place_kernel, **options, BLOCK_M=BLOCK_M, ALIGNMENT=RAGGED_ALIGNMENT),
@@ -156,10 +187,12 @@ def _sizes(num_slots: int, layout: ExpertLayout) -> list[int]:
 
     num_slots may be symbolic: then so are the sizes.
     """
-    num_experts = layout.num_experts
+    num_experts, num_blocks = layout.num_experts, num_row_blocks(num_slots, layout, BLOCK_M)
     of_experts = (num_experts, num_experts + 1, num_experts, 2 * (num_experts + 1))
-    of_slots = (2 * num_row_blocks(num_slots, layout, BLOCK_M), num_slots, num_slots)
-    return [(size + 3) // 4 * 4 for size in (*of_experts, *of_slots)]
+    of_slots = (2 * num_blocks, num_slots, num_slots)
+    ragged = (2 * num_blocks * cdiv(layout.max_width, columns) for columns in _COLUMNS)
+    weights = (2 * layout.num_column_blocks(columns) for columns in _COLUMNS)
+    return [(size + 3) // 4 * 4 for size in (*of_experts, *of_slots, 4, *ragged, *weights)]
 
 
 def packed_numel(num_slots: int, layout: ExpertLayout) -> int:
@@ -169,11 +202,13 @@ def packed_numel(num_slots: int, layout: ExpertLayout) -> int:
 
 def unpack(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Routing:
     """The routing of `topk_ids` as views of `packed`, for kernels: one-dimensional, a few elements too long."""
-    pieces = packed.split(_sizes(topk_ids.numel(), layout))
-    counts, row_offsets, expert_order, ragged_offsets, row_blocks, row_to_slot, slot_to_row = pieces
+    counts, row_offsets, expert_order, ragged_offsets, row_blocks, row_to_slot, slot_to_row, numbers, *lists = (
+        packed.split(_sizes(topk_ids.numel(), layout))
+    )
+    ragged, weights = (dict(zip(_COLUMNS, pair, strict=True)) for pair in (lists[:2], lists[2:]))
     return Routing(
         layout, topk_ids, counts, row_offsets, ragged_offsets.view(torch.int64), row_to_slot, slot_to_row, row_blocks,
-        expert_order, BLOCK_M, backend, packed,
+        expert_order, BLOCK_M, backend, TileLists(numbers, ragged, weights), packed,
     )  # fmt: skip
 
 
@@ -204,10 +239,13 @@ def route(topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Rout
     packed = torch.empty(packed_numel(num_slots, layout), dtype=torch.int32, device=ids.device)
     span_counts = torch.empty(num_spans * experts, dtype=torch.int32, device=ids.device)
     routing = unpack(packed, topk_ids, layout, backend)
+    assert routing.tiles is not None
+    numbers, ragged, weights = routing.tiles
     count((num_spans,), ids, span_counts, num_slots, span)
     place(
         (max(num_spans, min(num_experts, _MAX_SPANS)),), ids, span_counts, tables.widths, tables.width_rank,
         routing.counts, routing.row_offsets, routing.ragged_offsets, routing.row_to_slot, routing.slot_to_row,
-        routing.row_blocks, routing.expert_order, num_slots, span, num_spans, routing.num_row_blocks,
+        routing.row_blocks, routing.expert_order, numbers, *ragged.values(), *weights.values(), num_slots, span,
+        num_spans, routing.num_row_blocks,
     )  # fmt: skip
     return routing

@@ -24,7 +24,7 @@ _TILE = 2048
 """Scores of a program at once."""
 _MAX_PROGRAMS = 256
 
-_LOWEST: tl.constexpr = tl.constexpr(-(2**63))
+_LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -55,11 +55,10 @@ def scores(z, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def selection_keys(score, experts, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Distinct int64 in the order of choice: higher scores first, NaN before all, then lower ids."""
+def selection_keys(score, experts, NUM_EXPERTS: tl.constexpr):
+    """int32 in the order of scores, NaN above all; the lowest where there is no expert."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
-    bits = tl.where(score != score, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-    keys = bits.to(tl.int64) * EXPERTS + (EXPERTS - 1 - experts)[None, :]
+    keys = tl.where(score != score, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
     return tl.where((experts < NUM_EXPERTS)[None, :], keys, _LOWEST)
 
 
@@ -71,28 +70,32 @@ def router_fwd_kernel(
 ):  # fmt: skip
     """partials[p] = sums over the p-th span of tokens: choices (E), scores (E), z-loss, logits; largest |logit|."""
     experts, ranks = tl.arange(0, EXPERTS), tl.arange(0, RANKS)
-    counts = tl.zeros([EXPERTS], tl.int32)
-    probs_sum = tl.zeros([EXPERTS], tl.float32)
-    z_loss, logits_sum, largest = tl.zeros([TOKENS], tl.float32), tl.zeros([EXPERTS], tl.float32), 0.0
+    counts = tl.zeros([TOKENS, EXPERTS], tl.int32)  # summed over tokens at the end: that takes a barrier
+    probs_sum = tl.zeros([TOKENS, EXPERTS], tl.float32)
+    logits_sum = tl.zeros([TOKENS, EXPERTS], tl.float32)
+    z_loss, largest = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
     first_token = tl.program_id(0) * span
     end = tl.minimum(first_token + span, num_tokens)
     for first in range(first_token, end, TOKENS):
         tokens = first + tl.arange(0, TOKENS)
         z = load_logits(logits, tokens, experts, end, NUM_EXPERTS)
         probs = scores(z, SOFTMAX)
-        keys = selection_keys(probs, experts, NUM_EXPERTS, EXPERTS)
+        keys = selection_keys(probs, experts, NUM_EXPERTS)
         if bias is not None:
             score = probs + tl.load(bias + experts, mask=experts < NUM_EXPERTS, other=0).to(tl.float32)[None, :]
-            keys = selection_keys(score, experts, NUM_EXPERTS, EXPERTS)
+            keys = selection_keys(score, experts, NUM_EXPERTS)
         ids = tl.zeros([TOKENS, RANKS], tl.int32)
         weights = tl.zeros([TOKENS, RANKS], tl.float32)
         for k in range(TOP_K):
             best = tl.max(keys, 1)
-            chosen = keys == best[:, None]
-            ids = tl.where((ranks == k)[None, :], tl.sum(tl.where(chosen, experts[None, :], 0), 1)[:, None], ids)
-            weights = tl.where((ranks == k)[None, :], tl.sum(tl.where(chosen, probs, 0.0), 1)[:, None], weights)
+            expert = tl.min(tl.where(keys == best[:, None], experts[None, :], EXPERTS), 1)
+            chosen = experts[None, :] == expert[:, None]
             keys = tl.where(chosen, _LOWEST, keys)
-            counts += tl.sum((chosen & (tokens < end)[:, None]).to(tl.int32), 0)
+            counts += (chosen & (tokens < end)[:, None]).to(tl.int32)
+            # Without a bias no score is negative, and then its bits are its key.
+            weight = best.to(tl.float32, bitcast=True) if bias is None else tl.sum(tl.where(chosen, probs, 0.0), 1)
+            ids = tl.where((ranks == k)[None, :], expert[:, None], ids)
+            weights = tl.where((ranks == k)[None, :], weight[:, None], weights)
         if NORMALIZE:
             weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
         places = tokens.to(tl.int64)[:, None] * TOP_K + ranks[None, :]
@@ -103,16 +106,16 @@ def router_fwd_kernel(
             exists = (tokens < end)[:, None] & (experts < NUM_EXPERTS)[None, :]
             _, log_total = softmax(z)
             z_loss += tl.where(tokens < end, log_total * log_total, 0.0)
-            probs_sum += tl.sum(tl.where(exists, probs, 0.0), 0)
-            logits_sum += tl.sum(tl.where(exists, z, 0.0), 0)
-            largest = tl.maximum(largest, tl.max(tl.where(exists, tl.abs(z), 0.0)))
+            probs_sum += tl.where(exists, probs, 0.0)
+            logits_sum += tl.where(exists, z, 0.0)
+            largest = tl.maximum(largest, tl.max(tl.where(exists, tl.abs(z), 0.0), 1))
     row = partials + tl.program_id(0) * (2 * EXPERTS + 4)
-    tl.store(row + experts, counts.to(tl.float32))
+    tl.store(row + experts, tl.sum(counts, 0).to(tl.float32))
     if AUX:
-        tl.store(row + EXPERTS + experts, probs_sum)
+        tl.store(row + EXPERTS + experts, tl.sum(probs_sum, 0))
         tl.store(row + 2 * EXPERTS, tl.sum(z_loss))
-        tl.store(row + 2 * EXPERTS + 1, tl.sum(logits_sum))
-        tl.store(row + 2 * EXPERTS + 2, largest)
+        tl.store(row + 2 * EXPERTS + 1, tl.sum(tl.sum(logits_sum, 0)))
+        tl.store(row + 2 * EXPERTS + 2, tl.max(largest))
 
 
 @triton.jit(do_not_specialize=["num_programs", "num_tokens"])

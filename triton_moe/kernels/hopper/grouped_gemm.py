@@ -35,17 +35,32 @@ from triton_moe.kernels.hopper.pipeline import (
 
 @gluon.jit
 def locate(tile, tables, num_tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """-> a tile's expert (negative: none), its width, first column in the packed weights, first row of the tile, that
-    row's place within the expert, rows from there on, first column."""
-    widths, offsets, row_offsets, row_blocks = tables
-    entry = row_blocks + 2 * (tile // num_tiles_n)
-    found = gl.load(entry)
-    expert = gl.maximum(found, 0)
-    start = gl.load(entry + 1) * BLOCK_M
+    """-> a tile's expert, its width, first column in the packed weights, first row of the tile, that row's place within
+    the expert, rows from there on, first column.
+
+    The tables end with a list: of row blocks, each of which has `num_tiles_n` tiles, or if that is None of the tiles of
+    BLOCK_N columns of the expert (`TileLists`).
+    """
+    widths, offsets, row_offsets, parts = tables
+    entry = parts + 2 * (tile if num_tiles_n is None else tile // num_tiles_n)
+    expert = gl.load(entry)
+    part = gl.load(entry + 1)
     width = gl.multiple_of(gl.load(widths + expert), 64)
+    if num_tiles_n is None:
+        across = gl.cdiv(width, BLOCK_N)
+        start = part // across * BLOCK_M
+        col = part % across * BLOCK_N
+    else:
+        start = part * BLOCK_M
+        col = tile % num_tiles_n * BLOCK_N
     first = gl.load(row_offsets + expert)
     count = gl.load(row_offsets + expert + 1) - first
-    return found, width, gl.load(offsets + expert), first + start, start, count - start, tile % num_tiles_n * BLOCK_N
+    return expert, width, gl.load(offsets + expert), first + start, start, count - start, col
+
+
+@gluon.jit
+def num_ragged_tiles(numbers, BLOCK_N: gl.constexpr):
+    return gl.load(numbers + (1 if BLOCK_N == 128 else 2))
 
 
 @gluon.jit
@@ -94,42 +109,40 @@ def produce(
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, width, offset, first_row, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, TILE_N)
-        width_left = 1 if RAGGED_A else width - col
-        if (expert >= 0) & (width_left > 0):
-            local = gl.minimum(rows, num_rows - 1)
-            if RAGGED_A:
-                a_rows = ragged_rows(a, expert, start, width, ragged_offsets, PARTS) + local * (PARTS * width)
-                num_steps = PARTS * width // BLOCK_K
-                first_k = offset
-                n = col
-            else:
-                source = gl.load(row_to_slot + first_row + local) // TOP_K
-                a_rows = a + source.to(gl.int64) * stride_at
-                num_steps = H // BLOCK_K
-                first_k = 0
-                n = offset + col
-            a_ptrs = a_rows[:, None] + inner[None, :]
-            a_ptrs = gl.max_contiguous(gl.multiple_of(a_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
-            for step in range(num_steps):
-                bar = ready.index(stage)
-                b_tile = b_tiles.index(stage)
-                k = first_k + step * BLOCK_K
-                mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(bar, b_tiles.dtype.primitive_bitwidth // 8 * BLOCK_K * BLOCK_N)
-                if TILE_N < BLOCK_N:
-                    copy_weights(w, k, n, bar, b_tile.slice(0, TILE_N, 0 if B_BY_K else 1), B_BY_K)
-                    copy_weights(w_up, k, n, bar, b_tile.slice(TILE_N, TILE_N, 0 if B_BY_K else 1), B_BY_K)
-                elif RAGGED_A and PARTS == 2:
-                    if step * BLOCK_K < width:
-                        copy_weights(w, k, n, bar, b_tile, B_BY_K)
-                    else:
-                        copy_weights(w_up, k - width, n, bar, b_tile, B_BY_K)
-                else:
+        local = gl.minimum(rows, num_rows - 1)
+        if RAGGED_A:
+            a_rows = ragged_rows(a, expert, start, width, ragged_offsets, PARTS) + local * (PARTS * width)
+            num_steps = PARTS * width // BLOCK_K
+            first_k = offset
+            n = col
+        else:
+            source = gl.load(row_to_slot + first_row + local) // TOP_K
+            a_rows = a + source.to(gl.int64) * stride_at
+            num_steps = H // BLOCK_K
+            first_k = 0
+            n = offset + col
+        a_ptrs = a_rows[:, None] + inner[None, :]
+        a_ptrs = gl.max_contiguous(gl.multiple_of(a_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
+        for step in range(num_steps):
+            bar = ready.index(stage)
+            b_tile = b_tiles.index(stage)
+            k = first_k + step * BLOCK_K
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, b_tiles.dtype.primitive_bitwidth // 8 * BLOCK_K * BLOCK_N)
+            if TILE_N < BLOCK_N:
+                copy_weights(w, k, n, bar, b_tile.slice(0, TILE_N, 0 if B_BY_K else 1), B_BY_K)
+                copy_weights(w_up, k, n, bar, b_tile.slice(TILE_N, TILE_N, 0 if B_BY_K else 1), B_BY_K)
+            elif RAGGED_A and PARTS == 2:
+                if step * BLOCK_K < width:
                     copy_weights(w, k, n, bar, b_tile, B_BY_K)
-                copy_elements(a_tiles.index(stage), a_ptrs)
-                a_ptrs += BLOCK_K
-                async_copy.mbarrier_arrive(bar, increment_count=False)
-                stage, phase = advance(stage, phase, STAGES)
+                else:
+                    copy_weights(w_up, k - width, n, bar, b_tile, B_BY_K)
+            else:
+                copy_weights(w, k, n, bar, b_tile, B_BY_K)
+            copy_elements(a_tiles.index(stage), a_ptrs)
+            a_ptrs += BLOCK_K
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+            stage, phase = advance(stage, phase, STAGES)
     async_copy.wait_group(0)
 
 
@@ -140,42 +153,40 @@ def finish_up(
     KEEP_ACT: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, buffers, pre, out, tables, ragged_offsets, num_tiles, num_tiles_n, H = operands
+    ring, buffers, pre, out, tables, ragged_offsets, num_tiles, H = operands
     PARTS: gl.constexpr = 2 if GATED else 1
     TILE_N: gl.constexpr = BLOCK_N // PARTS
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, width, _, _, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, TILE_N)
-        if (expert >= 0) & (col < width):
-            start += HALF * HALF_M
-            num_rows -= HALF * HALF_M
-            acc, stage, phase = multiply(
-                ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
-            )
-            tiles = pieces(acc)
-            pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
-            out_start = ragged_rows(out, expert, start, width, ragged_offsets, 1) + col
-            for p in gl.static_range(TILE_N // PIECE_N):
-                at = p * PIECE_N
-                num_cols = width - col - at
-                if num_cols > 0:
-                    if KEEP_PRE:
-                        store_rows(buffers.index(2 * HALF), tiles[p], pre_start + at, PARTS * width, num_rows, num_cols)
-                    if KEEP_PRE and GATED:
-                        up_start = pre_start + width + at
-                        store_rows(buffers.index(2 * HALF), tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
-                    if KEEP_ACT:
-                        act = act_fwd(tiles[p], ACTIVATION, True)
-                        if GATED:
-                            act *= tiles[p + 2]
-                        store_rows(buffers.index(2 * HALF + 1), act, out_start + at, width, num_rows, num_cols)
+        expert, width, _, _, start, num_rows, col = locate(tile, tables, None, BLOCK_M, TILE_N)
+        start += HALF * HALF_M
+        num_rows -= HALF * HALF_M
+        acc, stage, phase = multiply(
+            ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+        )
+        tiles = pieces(acc)
+        pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
+        out_start = ragged_rows(out, expert, start, width, ragged_offsets, 1) + col
+        for p in gl.static_range(TILE_N // PIECE_N):
+            at = p * PIECE_N
+            num_cols = width - col - at
+            if num_cols > 0:
+                if KEEP_PRE:
+                    store_rows(buffers.index(2 * HALF), tiles[p], pre_start + at, PARTS * width, num_rows, num_cols)
+                if KEEP_PRE and GATED:
+                    up_start = pre_start + width + at
+                    store_rows(buffers.index(2 * HALF), tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
+                if KEEP_ACT:
+                    act = act_fwd(tiles[p], ACTIVATION, True)
+                    if GATED:
+                        act *= tiles[p + 2]
+                    store_rows(buffers.index(2 * HALF + 1), act, out_start + at, width, num_rows, num_cols)
 
 
-@gluon.jit(do_not_specialize=["num_tiles"])
+@gluon.jit
 def grouped_gemm_up_hopper_kernel(
-    x, w1, w3, pre, out, widths, offsets, row_offsets, row_blocks, row_to_slot, ragged_offsets,
-    H, stride_xt, num_tiles, num_tiles_n,
+    x, w1, w3, pre, out, widths, offsets, row_offsets, numbers, tiles, row_to_slot, ragged_offsets, H, stride_xt,
     TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, KEEP_PRE: gl.constexpr, KEEP_ACT: gl.constexpr,
     B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
@@ -183,9 +194,10 @@ def grouped_gemm_up_hopper_kernel(
     TILE_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     ring = make_weights_ring(x.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
-    tables = (widths, offsets, row_offsets, row_blocks)
-    consumer = (ring, buffers, pre, out, tables, ragged_offsets, num_tiles, num_tiles_n, H)
-    producer = (ring, x, w1, w3, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_xt)
+    tables = (widths, offsets, row_offsets, tiles)
+    num_tiles = num_ragged_tiles(numbers, TILE_N)
+    consumer = (ring, buffers, pre, out, tables, ragged_offsets, num_tiles, H)
+    producer = (ring, x, w1, w3, tables, row_to_slot, ragged_offsets, num_tiles, None, H, stride_xt)
     gl.warp_specialize(
         [
             (finish_up, (consumer, 0, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
@@ -207,37 +219,37 @@ def finish_down(
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, width, _, first_row, _, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N)
-        if expert >= 0:
-            num_rows -= HALF * HALF_M
-            acc, stage, phase = multiply(
-                ring, stage, phase, PARTS * width // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
-            )
-            tiles = pieces(acc)
-            first_row += HALF * HALF_M
-            for p in gl.static_range(BLOCK_N // PIECE_N):
-                buffer = buffers.index(2 * HALF + p % 2)
-                at = col + p * PIECE_N
-                tma.store_wait(pendings=1)
-                if num_rows >= HALF_M:
-                    buffer.store(tiles[p].to(buffer.dtype))
-                    fence_async_shared()
-                    store_box(y_boxes, [first_row, at], buffer)
-                else:  # commits nothing, so a wait for all but the last store would not do
-                    tma.store_wait(pendings=0)
-                    store_rows(buffer, tiles[p], y + first_row.to(gl.int64) * H + at, H, num_rows, H - at)
+        _, width, _, first_row, _, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N)
+        num_rows -= HALF * HALF_M
+        acc, stage, phase = multiply(
+            ring, stage, phase, PARTS * width // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+        )
+        tiles = pieces(acc)
+        first_row += HALF * HALF_M
+        for p in gl.static_range(BLOCK_N // PIECE_N):
+            buffer = buffers.index(2 * HALF + p % 2)
+            at = col + p * PIECE_N
+            tma.store_wait(pendings=1)
+            if num_rows >= HALF_M:
+                buffer.store(tiles[p].to(buffer.dtype))
+                fence_async_shared()
+                store_box(y_boxes, [first_row, at], buffer)
+            else:  # commits nothing, so a wait for all but the last store would not do
+                tma.store_wait(pendings=0)
+                store_rows(buffer, tiles[p], y + first_row.to(gl.int64) * H + at, H, num_rows, H - at)
     tma.store_wait(pendings=0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles"])
+@gluon.jit
 def grouped_gemm_down_hopper_kernel(
-    a, w, w_up, y, y_boxes, widths, offsets, row_offsets, row_blocks, ragged_offsets, H, num_tiles, num_tiles_n,
+    a, w, w_up, y, y_boxes, widths, offsets, row_offsets, numbers, row_blocks, ragged_offsets, H, num_tiles_n,
     PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ring = make_weights_ring(a.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(a.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, row_blocks)
+    num_tiles = gl.load(numbers) * num_tiles_n
     consumer = (ring, buffers, y, y_boxes, tables, num_tiles, num_tiles_n, H)
     producer = (ring, a, w, w_up, tables, row_blocks, ragged_offsets, num_tiles, num_tiles_n, H, H)
     gl.warp_specialize(

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from triton_moe.kernels.activation import act_bwd, act_fwd
-from triton_moe.kernels.hopper.grouped_gemm import locate, make_weights_ring, produce, ragged_rows
+from triton_moe.kernels.hopper.grouped_gemm import locate, make_weights_ring, num_ragged_tiles, produce, ragged_rows
 from triton_moe.kernels.hopper.pipeline import (
     BLOCK_K,
     HALF_M,
@@ -38,7 +38,7 @@ def finish_dh(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     (ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
-     num_tiles, num_tiles_n, H) = operands  # fmt: skip
+     num_tiles, num_partials, H) = operands  # fmt: skip
     gate_in = buffers.index(4 * HALF)
     up_in = buffers.index(4 * HALF + 1)
     first_out = buffers.index(4 * HALF + 2)
@@ -47,79 +47,79 @@ def finish_dh(
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, width, _, first_row, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N)
-        if (expert >= 0) & (col < width):
-            first_row += HALF * HALF_M
-            start += HALF * HALF_M
-            num_rows -= HALF * HALF_M
-            stride = PARTS * width
-            pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
-            dpre_start = ragged_rows(dpre, expert, start, width, ragged_offsets, PARTS) + col
-            weighted_start = ragged_rows(act_weighted, expert, start, width, ragged_offsets, 1) + col
-            num_cols = gl.minimum(width - col, BLOCK_N)
-            copy_rows(gate_in, pre_start, stride, num_rows, num_cols)
-            if GATED:
-                copy_rows(up_in, pre_start + width, stride, num_rows, num_cols)
-            async_copy.commit_group()
-            acc, stage, phase = multiply(
-                ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
-            )
-            t0, t1, t2, t3 = pieces(acc)
-            p0, p1 = halves(t0)
-            p2, p3 = halves(t1)
-            p4, p5 = halves(t2)
-            p6, p7 = halves(t3)
-            layout: gl.constexpr = p0.type.layout
-            rows = gl.arange(0, HALF_M, layout=gl.SliceLayout(1, layout))
-            exists = rows < num_rows
-            slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
-            weight = gl.load(topk_weights + slots, mask=exists, other=0).to(gl.float32)[:, None]
-            dweights = gl.zeros((HALF_M,), gl.float32, gl.SliceLayout(1, layout))
-            # A loop whose pieces move up by one: unrolled, the code would not fit into the instruction cache.
-            for at in range(0, num_cols, DH_PIECE_N):
-                async_copy.wait_group(0)
-                gate = gate_in.load(layout).to(gl.float32)
-                act = act_fwd(gate, ACTIVATION, True)
-                slope = act_bwd(gate, ACTIVATION, True)
-                up = up_in.load(layout).to(gl.float32) if GATED else 1.0
-                after = pre_start + at + DH_PIECE_N
-                cols_after = num_cols - at - DH_PIECE_N
-                copy_rows(gate_in, after, stride, num_rows, cols_after)
-                if GATED:
-                    copy_rows(up_in, after + width, stride, num_rows, cols_after)
-                async_copy.commit_group()
-                product = act * up
-                dweights += gl.sum(p0 * product, axis=1)
-                store_rows(first_out, product * weight, weighted_start + at, width, num_rows, DH_PIECE_N)
-                dproduct = p0 * weight
-                if GATED:
-                    store_rows(second_out, dproduct * act, dpre_start + width + at, stride, num_rows, DH_PIECE_N)
-                dgate = dproduct * up * slope
-                store_rows(first_out, dgate, dpre_start + at, stride, num_rows, DH_PIECE_N)
-                p0, p1, p2, p3, p4, p5, p6 = p1, p2, p3, p4, p5, p6, p7
+        expert, width, _, first_row, start, num_rows, col = locate(tile, tables, None, BLOCK_M, BLOCK_N)
+        first_row += HALF * HALF_M
+        start += HALF * HALF_M
+        num_rows -= HALF * HALF_M
+        stride = PARTS * width
+        pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
+        dpre_start = ragged_rows(dpre, expert, start, width, ragged_offsets, PARTS) + col
+        weighted_start = ragged_rows(act_weighted, expert, start, width, ragged_offsets, 1) + col
+        num_cols = gl.minimum(width - col, BLOCK_N)
+        copy_rows(gate_in, pre_start, stride, num_rows, num_cols)
+        if GATED:
+            copy_rows(up_in, pre_start + width, stride, num_rows, num_cols)
+        async_copy.commit_group()
+        acc, stage, phase = multiply(
+            ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+        )
+        t0, t1, t2, t3 = pieces(acc)
+        p0, p1 = halves(t0)
+        p2, p3 = halves(t1)
+        p4, p5 = halves(t2)
+        p6, p7 = halves(t3)
+        layout: gl.constexpr = p0.type.layout
+        rows = gl.arange(0, HALF_M, layout=gl.SliceLayout(1, layout))
+        exists = rows < num_rows
+        slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
+        weight = gl.load(topk_weights + slots, mask=exists, other=0).to(gl.float32)[:, None]
+        dweights = gl.zeros((HALF_M,), gl.float32, gl.SliceLayout(1, layout))
+        # A loop whose pieces move up by one: unrolled, the code would not fit into the instruction cache.
+        for at in range(0, num_cols, DH_PIECE_N):
             async_copy.wait_group(0)
-            # Loaded again: kept, they would cost registers.
-            slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
-            partials = dweights_partial + slots.to(gl.int64) * num_tiles_n + col // BLOCK_N
-            gl.store(partials, dweights, mask=exists)
+            gate = gate_in.load(layout).to(gl.float32)
+            act = act_fwd(gate, ACTIVATION, True)
+            slope = act_bwd(gate, ACTIVATION, True)
+            up = up_in.load(layout).to(gl.float32) if GATED else 1.0
+            after = pre_start + at + DH_PIECE_N
+            cols_after = num_cols - at - DH_PIECE_N
+            copy_rows(gate_in, after, stride, num_rows, cols_after)
+            if GATED:
+                copy_rows(up_in, after + width, stride, num_rows, cols_after)
+            async_copy.commit_group()
+            product = act * up
+            dweights += gl.sum(p0 * product, axis=1)
+            store_rows(first_out, product * weight, weighted_start + at, width, num_rows, DH_PIECE_N)
+            dproduct = p0 * weight
+            if GATED:
+                store_rows(second_out, dproduct * act, dpre_start + width + at, stride, num_rows, DH_PIECE_N)
+            dgate = dproduct * up * slope
+            store_rows(first_out, dgate, dpre_start + at, stride, num_rows, DH_PIECE_N)
+            p0, p1, p2, p3, p4, p5, p6 = p1, p2, p3, p4, p5, p6, p7
+        async_copy.wait_group(0)
+        # Loaded again: kept, they would cost registers.
+        slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
+        partials = dweights_partial + slots.to(gl.int64) * num_partials + col // BLOCK_N
+        gl.store(partials, dweights, mask=exists)
 
 
-@gluon.jit(do_not_specialize=["num_tiles"])
+@gluon.jit
 def grouped_gemm_dh_hopper_kernel(
-    dout, w2, pre, topk_weights, dpre, act_weighted, dweights_partial, widths, offsets, row_offsets, row_blocks,
-    row_to_slot, ragged_offsets, H, stride_dt, num_tiles, num_tiles_n,
+    dout, w2, pre, topk_weights, dpre, act_weighted, dweights_partial, widths, offsets, row_offsets, numbers, tiles,
+    row_to_slot, ragged_offsets, H, stride_dt, num_partials,
     TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, B_BY_K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ring = make_weights_ring(dout.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(dout.dtype.element_ty, 8, DH_PIECE_N)
-    tables = (widths, offsets, row_offsets, row_blocks)
+    tables = (widths, offsets, row_offsets, tiles)
+    num_tiles = num_ragged_tiles(numbers, BLOCK_N)
     consumer = (
         ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
-        num_tiles, num_tiles_n, H,
+        num_tiles, num_partials, H,
     )  # fmt: skip
-    producer = (ring, dout, w2, w2, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_dt)
+    producer = (ring, dout, w2, w2, tables, row_to_slot, ragged_offsets, num_tiles, None, H, stride_dt)
     gl.warp_specialize(
         [
             (finish_dh, (consumer, 0, ACTIVATION, GATED, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
@@ -133,23 +133,23 @@ def grouped_gemm_dh_hopper_kernel(
 
 @gluon.jit
 def locate_dw(
-    tile, tables, num_tiles_m, num_tiles_n, RAGGED_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+    tile, tables, num_tiles_h, PARTS: gl.constexpr, RAGGED_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):  # fmt: skip
     """-> a tile's expert, its width, first column in the packed weights, first row, rows, and the tile's place in the
-    hidden dimension and in the expert's parts."""
-    widths, offsets, row_offsets, expert_order = tables
-    expert = gl.load(expert_order + tile // (num_tiles_m * num_tiles_n))
-    m = tile // num_tiles_n % num_tiles_m * BLOCK_M
-    n = tile % num_tiles_n * BLOCK_N
+    hidden dimension and in the expert's parts. Along the former there are `num_tiles_h` tiles."""
+    widths, offsets, row_offsets, parts = tables
+    entry = parts + 2 * (tile // num_tiles_h // (PARTS if RAGGED_M else 1))
+    expert = gl.load(entry)
+    part = gl.load(entry + 1)
+    if RAGGED_M:  # an entry's BLOCK_M columns are as many tiles as there are parts
+        inner = (part * PARTS + tile // num_tiles_h % PARTS) * BLOCK_M
+        hidden = tile % num_tiles_h * BLOCK_N
+    else:
+        inner = part * BLOCK_N
+        hidden = tile % num_tiles_h * BLOCK_M
     width = gl.multiple_of(gl.load(widths + expert), 64)
     first_row = gl.load(row_offsets + expert)
     num_rows = gl.load(row_offsets + expert + 1) - first_row
-    if RAGGED_M:
-        hidden = n
-        inner = m
-    else:
-        hidden = m
-        inner = n
     return expert, width, gl.load(offsets + expert), first_row, num_rows, hidden, inner
 
 
@@ -165,7 +165,7 @@ def produce_dw(
     PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_m, num_tiles_n, H, stride_xt = operands
+    ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt = operands
     a_tiles, b_tiles, ready, empty = ring
     X_COLUMNS: gl.constexpr = BLOCK_N if RAGGED_M else BLOCK_M
     D_COLUMNS: gl.constexpr = BLOCK_M if RAGGED_M else BLOCK_N
@@ -179,34 +179,33 @@ def produce_dw(
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, width, _, first_row, num_rows, hidden, inner = locate_dw(
-            tile, tables, num_tiles_m, num_tiles_n, RAGGED_M, BLOCK_M, BLOCK_N
+            tile, tables, num_tiles_h, PARTS, RAGGED_M, BLOCK_M, BLOCK_N
         )
-        if inner < PARTS * width:
-            x_inside = (x_cols // 8 < (H - hidden) // 8)[None, :]
-            d_inside = (d_cols // 8 < (PARTS * width - inner) // 8)[None, :]
-            d_start = d + PARTS * gl.load(ragged_offsets + expert) + inner
-            source = tokens_of(row_to_slot, first_row, x_rows, 0, num_rows, TOP_K)
-            following = tokens_of(row_to_slot, first_row, x_rows, BLOCK_K, num_rows, TOP_K)
-            for step in range(gl.cdiv(num_rows, BLOCK_K)):
-                rows_left = num_rows - step * BLOCK_K
-                x_ptrs = x + hidden + (source.to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
-                x_ptrs = gl.max_contiguous(gl.multiple_of(x_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
-                d_ptrs = d_start + (d_rows * (PARTS * width))[:, None] + d_cols[None, :]
-                d_ptrs = gl.max_contiguous(gl.multiple_of(d_ptrs, [1, 16]), [1, 8])
-                x_mask = (x_rows < rows_left)[:, None] & x_inside
-                d_mask = (d_rows < rows_left)[:, None] & d_inside
-                mbarrier.wait(empty.index(stage), phase)
-                if RAGGED_M:
-                    copy_elements(a_tiles.index(stage), d_ptrs, d_mask)
-                    copy_elements(b_tiles.index(stage), x_ptrs, x_mask)
-                else:
-                    copy_elements(a_tiles.index(stage), x_ptrs, x_mask)
-                    copy_elements(b_tiles.index(stage), d_ptrs, d_mask)
-                async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
-                d_start += BLOCK_K * PARTS * width.to(gl.int64)
-                source = following
-                following = tokens_of(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows, TOP_K)
-                stage, phase = advance(stage, phase, STAGES)
+        x_inside = (x_cols // 8 < (H - hidden) // 8)[None, :]
+        d_inside = (d_cols // 8 < (PARTS * width - inner) // 8)[None, :]
+        d_start = d + PARTS * gl.load(ragged_offsets + expert) + inner
+        source = tokens_of(row_to_slot, first_row, x_rows, 0, num_rows, TOP_K)
+        following = tokens_of(row_to_slot, first_row, x_rows, BLOCK_K, num_rows, TOP_K)
+        for step in range(gl.cdiv(num_rows, BLOCK_K)):
+            rows_left = num_rows - step * BLOCK_K
+            x_ptrs = x + hidden + (source.to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
+            x_ptrs = gl.max_contiguous(gl.multiple_of(x_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
+            d_ptrs = d_start + (d_rows * (PARTS * width))[:, None] + d_cols[None, :]
+            d_ptrs = gl.max_contiguous(gl.multiple_of(d_ptrs, [1, 16]), [1, 8])
+            x_mask = (x_rows < rows_left)[:, None] & x_inside
+            d_mask = (d_rows < rows_left)[:, None] & d_inside
+            mbarrier.wait(empty.index(stage), phase)
+            if RAGGED_M:
+                copy_elements(a_tiles.index(stage), d_ptrs, d_mask)
+                copy_elements(b_tiles.index(stage), x_ptrs, x_mask)
+            else:
+                copy_elements(a_tiles.index(stage), x_ptrs, x_mask)
+                copy_elements(b_tiles.index(stage), d_ptrs, d_mask)
+            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            d_start += BLOCK_K * PARTS * width.to(gl.int64)
+            source = following
+            following = tokens_of(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows, TOP_K)
+            stage, phase = advance(stage, phase, STAGES)
     async_copy.wait_group(0)
 
 
@@ -216,55 +215,52 @@ def finish_dw(
     HALF: gl.constexpr, PARTS: gl.constexpr, RAGGED_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w = operands
+    ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_h, H, stride_w = operands
     buffer = buffers.index(HALF)
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         _, width, offset, _, num_rows, hidden, inner = locate_dw(
-            tile, tables, num_tiles_m, num_tiles_n, RAGGED_M, BLOCK_M, BLOCK_N
+            tile, tables, num_tiles_h, PARTS, RAGGED_M, BLOCK_M, BLOCK_N
         )
-        if inner < PARTS * width:
-            if RAGGED_M:
-                inner += HALF * HALF_M
-                inside = inner < PARTS * width
-            else:
-                hidden += HALF * HALF_M
-                inside = hidden < H
-            acc, stage, phase = multiply(
-                ring, stage, phase, gl.cdiv(num_rows, BLOCK_K), inside, HALF, BLOCK_N, STAGES, False, False
-            )
-            tiles = pieces(acc)
-            for p in gl.static_range(BLOCK_N // PIECE_N):
-                if inner < PARTS * width:
-                    target = gl.where(inner < width, dw, dw_up)
-                    column = (offset + inner - gl.where(inner < width, 0, width)).to(gl.int64)
-                    if RAGGED_M:
-                        start = target + column * stride_w + hidden
-                        store_rows(buffer, tiles[p], start, stride_w, PIECE_N, H - hidden)
-                    else:
-                        start = target + hidden.to(gl.int64) * stride_w + column
-                        store_rows(buffer, tiles[p], start, stride_w, H - hidden, PIECE_N)
+        if RAGGED_M:
+            inner += HALF * HALF_M
+            inside = inner < PARTS * width
+        else:
+            hidden += HALF * HALF_M
+            inside = hidden < H
+        acc, stage, phase = multiply(
+            ring, stage, phase, gl.cdiv(num_rows, BLOCK_K), inside, HALF, BLOCK_N, STAGES, False, False
+        )
+        tiles = pieces(acc)
+        for p in gl.static_range(BLOCK_N // PIECE_N):
+            if inner < PARTS * width:
+                target = gl.where(inner < width, dw, dw_up)
+                column = (offset + inner - gl.where(inner < width, 0, width)).to(gl.int64)
                 if RAGGED_M:
-                    hidden += PIECE_N
+                    start = target + column * stride_w + hidden
+                    store_rows(buffer, tiles[p], start, stride_w, PIECE_N, H - hidden)
                 else:
-                    inner += PIECE_N
+                    start = target + hidden.to(gl.int64) * stride_w + column
+                    store_rows(buffer, tiles[p], start, stride_w, H - hidden, PIECE_N)
+            if RAGGED_M:
+                hidden += PIECE_N
+            else:
+                inner += PIECE_N
 
 
-@gluon.jit(do_not_specialize=["num_tiles"])
+@gluon.jit
 def grouped_gemm_dw_hopper_kernel(
-    x, d, dw, dw_up, widths, offsets, row_offsets, expert_order, row_to_slot, ragged_offsets,
-    H, stride_xt, stride_w, num_tiles, num_tiles_m, num_tiles_n,
+    x, d, dw, dw_up, widths, offsets, row_offsets, tiles, row_to_slot, ragged_offsets, H, stride_xt, stride_w,
+    num_tiles, num_tiles_h,
     PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, PRODUCER_THREADS)
     buffers = make_buffers(x.dtype.element_ty, 2, PIECE_N)
-    tables = (widths, offsets, row_offsets, expert_order)
-    consumer = (ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_m, num_tiles_n, H, stride_w)
-    producer = (
-        ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_m, num_tiles_n, H, stride_xt
-    )  # fmt: skip
+    tables = (widths, offsets, row_offsets, tiles)
+    consumer = (ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_h, H, stride_w)
+    producer = (ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt)
     gl.warp_specialize(
         [
             (finish_dw, (consumer, 0, PARTS, RAGGED_M, BLOCK_M, BLOCK_N, STAGES)),

@@ -17,7 +17,7 @@ from triton_moe.kernels.hopper.grouped_gemm import grouped_gemm_down_hopper_kern
 from triton_moe.kernels.hopper.grouped_gemm_bwd import grouped_gemm_dh_hopper_kernel, grouped_gemm_dw_hopper_kernel
 from triton_moe.kernels.hopper.pipeline import BLOCK_K, HALF_M, PIECE_N
 from triton_moe.kernels.launch import Launcher
-from triton_moe.layout import ExpertLayout, Routing
+from triton_moe.layout import ExpertLayout, Routing, TileLists
 
 BLOCK_N = 256
 _BLOCK_K = BLOCK_K.value
@@ -72,6 +72,11 @@ def _boxes(w: Tensor, columns: int, by_k: bool) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(w.t() if by_k else w, list(box), _shared_layout(box, w.dtype))
 
 
+def _tiles(routing: Routing) -> TileLists:
+    assert routing.tiles is not None
+    return routing.tiles
+
+
 @functools.lru_cache(maxsize=64)
 def _num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -104,13 +109,12 @@ def up_fwd(
         KEEP_ACT=out is not None, B_BY_K=by_k,
     )  # fmt: skip
     columns = BLOCK_N // 2 if gated else BLOCK_N
-    num_tiles_n = cdiv(layout.max_width, columns)
+    tiles = _tiles(routing)
     w = _boxes(w1, columns, by_k)
     launch(
         (programs,), x, w, w if w3 is None else _boxes(w3, columns, by_k), out if pre is None else pre,
-        pre if out is None else out, tables.widths, tables.offsets, routing.row_offsets, routing.row_blocks,
-        routing.row_to_slot, routing.ragged_offsets, x.shape[1], x.stride(0), routing.num_row_blocks * num_tiles_n,
-        num_tiles_n,
+        pre if out is None else out, tables.widths, tables.offsets, routing.row_offsets, tiles.numbers,
+        tiles.ragged[columns], routing.row_to_slot, routing.ragged_offsets, x.shape[1], x.stride(0),
     )  # fmt: skip
 
 
@@ -120,14 +124,13 @@ def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Rout
         grouped_gemm_down_hopper_kernel, routing.layout, a.device, _REGISTERS, PARTS=1 if w_up is None else 2,
         B_BY_K=by_k,
     )  # fmt: skip
-    num_tiles_n = cdiv(hidden_size, BLOCK_N)
     boxes = _boxes(w, BLOCK_N, by_k)
     piece = HALF_M.value, PIECE_N.value
     y_boxes = TensorDescriptor.from_tensor(y, list(piece), _shared_layout(piece, y.dtype))
     launch(
         (programs,), a, boxes, boxes if w_up is None else _boxes(w_up, BLOCK_N, by_k), y, y_boxes, tables.widths,
-        tables.offsets, routing.row_offsets, routing.row_blocks, routing.ragged_offsets, hidden_size,
-        routing.num_row_blocks * num_tiles_n, num_tiles_n,
+        tables.offsets, routing.row_offsets, _tiles(routing).numbers, routing.row_blocks, routing.ragged_offsets,
+        hidden_size, cdiv(hidden_size, BLOCK_N),
     )  # fmt: skip
 
 
@@ -141,11 +144,11 @@ def dh(
         grouped_gemm_dh_hopper_kernel, routing.layout, dout.device, _GATED_DH_REGISTERS if gated else _REGISTERS,
         TOP_K=routing.top_k, ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, B_BY_K=by_k,
     )  # fmt: skip
-    num_tiles_n = cdiv(routing.layout.max_width, BLOCK_N)
+    tiles = _tiles(routing)
     launch(
         (programs,), dout, _boxes(w2.t(), BLOCK_N, by_k), pre, topk_weights, dpre, act_weighted, dweights_partial,
-        tables.widths, tables.offsets, routing.row_offsets, routing.row_blocks, routing.row_to_slot,
-        routing.ragged_offsets, dout.shape[1], dout.stride(0), routing.num_row_blocks * num_tiles_n, num_tiles_n,
+        tables.widths, tables.offsets, routing.row_offsets, tiles.numbers, tiles.ragged[BLOCK_N], routing.row_to_slot,
+        routing.ragged_offsets, dout.shape[1], dout.stride(0), cdiv(routing.layout.max_width, BLOCK_N),
     )  # fmt: skip
 
 
@@ -156,10 +159,11 @@ def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing)
         grouped_gemm_dw_hopper_kernel, layout, x.device, _REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
         TOP_K=routing.top_k,
     )  # fmt: skip
-    across, down = (hidden_size, parts * layout.max_width)[:: 1 if ragged_m else -1]
-    num_tiles_m, num_tiles_n = cdiv(down, BLOCK_M), cdiv(across, BLOCK_N)
+    columns = BLOCK_M if ragged_m else BLOCK_N // parts
+    num_tiles_h = cdiv(hidden_size, BLOCK_N if ragged_m else BLOCK_M)
+    num_tiles = layout.num_column_blocks(columns) * (parts if ragged_m else 1) * num_tiles_h
     launch(
         (programs,), x, d, dw, dw if dw_up is None else dw_up, tables.widths, tables.offsets, routing.row_offsets,
-        routing.expert_order, routing.row_to_slot, routing.ragged_offsets, hidden_size, x.stride(0),
-        max(dw.stride()), layout.num_experts * num_tiles_m * num_tiles_n, num_tiles_m, num_tiles_n,
+        _tiles(routing).weights[columns], routing.row_to_slot, routing.ragged_offsets, hidden_size, x.stride(0),
+        max(dw.stride()), num_tiles, num_tiles_h,
     )  # fmt: skip
