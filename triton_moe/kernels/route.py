@@ -1,8 +1,7 @@
-"""Counting sort of the slots into stable expert order, and the tile schedule, in two launches.
+"""Counting sort of the slots into stable expert order, and the tile schedule, in three launches.
 
-Every program owns a span of consecutive slots. The first kernel counts each span's experts; the second sums those
-counts into the span's first free row of each expert, and numbers the span's slots from there. No atomics, nothing is
-read back.
+A span is SLOTS consecutive slots. The first kernel counts each span's experts, the second sums these counts over the
+spans before, and the third numbers the span's slots from there. No atomics on memory, nothing is read back.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import ROW_ALIGNMENT
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, TileLists, num_row_blocks
 
-_MAX_SPANS = 256
-"""Programs that count: the second kernel reads this many counts an expert in each of its programs."""
 _COLUMNS = 128, 256
 """Columns of the blocks that `TileLists` knows."""
-_TILE = 8192
-"""Elements of a (slots, experts) comparison held in registers."""
+_SLOTS = 128
+"""Slots of a span: each is compared with all others."""
+_SPANS = 1024
+"""Spans that a program of the second kernel sums at once."""
 
 
 @triton.jit
@@ -36,19 +35,29 @@ def load_ids(topk_ids, slots, end, NUM_EXPERTS: tl.constexpr):
     return tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_slots", "span"])
+@triton.jit(do_not_specialize=["num_slots"])
 def route_count_kernel(
-    topk_ids, span_counts, num_slots, span, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr
+    topk_ids, span_counts, num_slots, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
     """span_counts[p, e] = how often the p-th span of slots names expert e."""
-    program = tl.program_id(0)
-    experts = tl.arange(0, EXPERTS)
-    end = tl.minimum((program + 1) * span, num_slots)
-    counts = tl.zeros([SLOTS, EXPERTS], tl.int32)
-    for first in range(program * span, end, SLOTS):
-        ids = load_ids(topk_ids, first + tl.arange(0, SLOTS), end, NUM_EXPERTS)
-        counts += (ids[:, None] == experts[None, :]).to(tl.int32)
-    tl.store(span_counts + program * EXPERTS + experts, tl.sum(counts, 0))
+    slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    ids = load_ids(topk_ids, slots, num_slots, NUM_EXPERTS)
+    counts = tl.histogram(tl.maximum(ids, 0), EXPERTS, mask=ids >= 0)
+    tl.store(span_counts + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), counts)
+
+
+@triton.jit(do_not_specialize=["num_spans"])
+def route_sum_kernel(span_counts, counts, num_spans, EXPERTS: tl.constexpr, SPANS: tl.constexpr):
+    """span_counts[p, e] becomes the sum over all spans before p, counts[e] that over all."""
+    expert = tl.program_id(0)
+    total = 0
+    for first in range(0, num_spans, SPANS):
+        spans = first + tl.arange(0, SPANS)
+        of_span = span_counts + spans * EXPERTS + expert
+        counted = tl.load(of_span, mask=spans < num_spans, other=0)
+        tl.store(of_span, total + tl.cumsum(counted, 0) - counted, mask=spans < num_spans)
+        total += tl.sum(counted)
+    tl.store(counts + expert, total)
 
 
 @triton.jit
@@ -74,14 +83,15 @@ def schedule(
     rows, experts, width, width_rank, row_blocks, num_row_blocks, expert_order, tiles,
     NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row blocks, widest experts first, experts by row count, and the lists of tiles: each program writes those of its
-    experts."""
+    """Row blocks, widest experts first, experts by row count, and the lists of tiles: a program writes those of one
+    expert."""
     numbers, ragged_128, ragged_256, weights_128, weights_256 = tiles
     real = experts < NUM_EXPERTS
     rank = tl.load(width_rank + experts, mask=real, other=NUM_EXPERTS)
     blocks = tl.cdiv(rows, BLOCK_M)
     narrow, wide = tl.cdiv(width, 128), tl.cdiv(width, 256)
-    for expert in range(tl.program_id(0), NUM_EXPERTS, tl.num_programs(0)):
+    expert = tl.program_id(0)
+    if expert < NUM_EXPERTS:
         own = experts == expert
         own_rows = tl.sum(tl.where(own, rows, 0))
         own_blocks = tl.cdiv(own_rows, BLOCK_M)
@@ -102,54 +112,38 @@ def schedule(
         tl.store(numbers + 2, tl.sum(blocks * wide))
 
 
-@triton.jit(do_not_specialize=["num_slots", "span", "num_spans", "num_row_blocks"])
+@triton.jit(do_not_specialize=["num_slots", "num_row_blocks"])
 def route_place_kernel(
-    topk_ids, span_counts, widths, width_rank,
-    counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
-    numbers, ragged_128, ragged_256, weights_128, weights_256,
-    num_slots, span, num_spans, num_row_blocks,
-    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNMENT:
-    tl.constexpr,
+    topk_ids, span_counts, counts, widths, width_rank,
+    row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
+    numbers, ragged_128, ragged_256, weights_128, weights_256, num_slots, num_row_blocks,
+    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     real = experts < NUM_EXPERTS
-    total = tl.zeros([EXPERTS], tl.int32)
-    earlier = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, num_spans, SLOTS):
-        spans = first + tl.arange(0, SLOTS)
-        of_span = span_counts + spans[:, None] * EXPERTS + experts[None, :]
-        counted = tl.load(of_span, mask=(spans < num_spans)[:, None], other=0)
-        total += tl.sum(counted, 0)
-        earlier += tl.sum(tl.where((spans < program)[:, None], counted, 0), 0)
-
     width = tl.load(widths + experts, mask=real, other=0)
-    rows = tl.where(width > 0, total, 0)
+    rows = tl.where(width > 0, tl.load(counts + experts, mask=real, other=0), 0)
     last_row = tl.cumsum(rows, 0)
     if program == 0:
-        tl.store(counts + experts, total, mask=real)
         tl.store(row_offsets, 0)
         tl.store(row_offsets + 1 + experts, last_row, mask=real)
         numel = rows.to(tl.int64) * (tl.cdiv(width, ROW_ALIGNMENT) * ROW_ALIGNMENT)
         tl.store(ragged_offsets, 0)
         tl.store(ragged_offsets + 1 + experts, tl.cumsum(tl.cdiv(numel, ALIGNMENT) * ALIGNMENT, 0), mask=real)
 
-    # Of a span's slots, how many before each name its expert: a product with a triangle of ones, where a scan down the
-    # columns would wait at a barrier for every few rows.
     places = tl.arange(0, SLOTS)
-    before = (places[None, :] < places[:, None]).to(tl.float16)
-    next_row = last_row - rows + earlier
-    end = tl.minimum((program + 1) * span, num_slots)
-    for first in range(program * span, end, SLOTS):
-        slots = first + places
-        ids = load_ids(topk_ids, slots, end, NUM_EXPERTS)
-        placed = tl.load(widths + ids, mask=ids >= 0, other=0) > 0
-        owns = (ids[:, None] == experts[None, :]) & placed[:, None]
-        rank = tl.dot(before, owns.to(tl.float16)).to(tl.int32)
-        row = tl.sum(tl.where(owns, next_row[None, :] + rank, 0), 1)
-        tl.store(slot_to_row + slots, tl.where(placed, row, -1), mask=slots < end)
-        tl.store(row_to_slot + row, slots, mask=placed)
-        next_row += tl.sum(owns.to(tl.int32), 0)
+    slots = program * SLOTS + places
+    ids = load_ids(topk_ids, slots, num_slots, NUM_EXPERTS)
+    known = ids >= 0
+    placed = known & (tl.load(widths + ids, mask=known, other=0) > 0)
+    earlier_spans = tl.load(span_counts + program * EXPERTS + ids, mask=placed, other=0)
+    earlier = (ids[None, :] == ids[:, None]) & (places[None, :] < places[:, None])
+    first_row = tl.gather(last_row - rows, tl.maximum(ids, 0), 0)
+    row = first_row + earlier_spans + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(slot_to_row + slots, tl.where(placed, row, -1), mask=slots < num_slots)
+    tl.store(row_to_slot + row, slots, mask=placed)
     fill(row_to_slot, tl.sum(rows), num_slots, -1, SLOTS)
     tiles = (numbers, ragged_128, ragged_256, weights_128, weights_256)
     schedule(
@@ -159,26 +153,23 @@ def route_place_kernel(
 
 class _Launchers(NamedTuple):
     count: Launcher
+    sum: Launcher
     place: Launcher
     tables: LayoutTables
     experts: int
-    """E, padded to a power of 2, 16 at least."""
-    slots: int
-    """Slots a program compares with all experts at once, 16 at least: a span is a multiple of them."""
+    """E, padded to a power of 2."""
 
 
 @functools.lru_cache(maxsize=256)
 def _launchers(layout: ExpertLayout, device: torch.device) -> _Launchers:
-    experts = max(16, triton.next_power_of_2(layout.num_experts))
-    slots = max(16, min(64, _TILE // experts))
-    num_warps = min(16, max(4, slots * experts // (_TILE // 4)))
-    options = {"NUM_EXPERTS": layout.num_experts, "EXPERTS": experts, "SLOTS": slots, "num_warps": num_warps}
+    experts = triton.next_power_of_2(layout.num_experts)
+    of_span = {"NUM_EXPERTS": layout.num_experts, "EXPERTS": experts, "SLOTS": _SLOTS}
     return _Launchers(
-        Launcher(route_count_kernel, **options),
-        Launcher(route_place_kernel, **options, BLOCK_M=BLOCK_M, ALIGNMENT=RAGGED_ALIGNMENT),
+        Launcher(route_count_kernel, **of_span),
+        Launcher(route_sum_kernel, EXPERTS=experts, SPANS=_SPANS),
+        Launcher(route_place_kernel, **of_span, BLOCK_M=BLOCK_M, ALIGNMENT=RAGGED_ALIGNMENT, num_warps=8),
         layout_tables(layout, device),
         experts,
-        slots,
     )
 
 
@@ -233,19 +224,18 @@ def route(topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Rout
     Ids outside [0, E) drop their slots.
     """
     ids, num_experts, num_slots = topk_ids.contiguous(), layout.num_experts, topk_ids.numel()
-    count, place, tables, experts, slots = _launchers(layout, ids.device)
-    span = slots * max(1, cdiv(num_slots, slots * _MAX_SPANS))
-    num_spans = cdiv(num_slots, span)
+    count, sum_spans, place, tables, experts = _launchers(layout, ids.device)
+    num_spans = cdiv(num_slots, _SLOTS)
     packed = torch.empty(packed_numel(num_slots, layout), dtype=torch.int32, device=ids.device)
     span_counts = torch.empty(num_spans * experts, dtype=torch.int32, device=ids.device)
     routing = unpack(packed, topk_ids, layout, backend)
     assert routing.tiles is not None
     numbers, ragged, weights = routing.tiles
-    count((num_spans,), ids, span_counts, num_slots, span)
+    count((num_spans,), ids, span_counts, num_slots)
+    sum_spans((num_experts,), span_counts, routing.counts, num_spans)
     place(
-        (max(num_spans, min(num_experts, _MAX_SPANS)),), ids, span_counts, tables.widths, tables.width_rank,
-        routing.counts, routing.row_offsets, routing.ragged_offsets, routing.row_to_slot, routing.slot_to_row,
-        routing.row_blocks, routing.expert_order, numbers, *ragged.values(), *weights.values(), num_slots, span,
-        num_spans, routing.num_row_blocks,
+        (max(num_spans, num_experts),), ids, span_counts, routing.counts, tables.widths, tables.width_rank,
+        routing.row_offsets, routing.ragged_offsets, routing.row_to_slot, routing.slot_to_row, routing.row_blocks,
+        routing.expert_order, numbers, *ragged.values(), *weights.values(), num_slots, routing.num_row_blocks,
     )  # fmt: skip
     return routing

@@ -154,9 +154,9 @@ def locate_dw(
 
 
 @gluon.jit
-def tokens_of(row_to_slot, first_row, rows, start, num_rows, TOP_K: gl.constexpr):
-    """Tokens of an expert's rows from `start`; anything past the last."""
-    return gl.load(row_to_slot + first_row + start + rows, mask=start + rows < num_rows, other=0) // TOP_K
+def slots_of(row_to_slot, first_row, rows, start, num_rows):
+    """Slots of an expert's rows from `start`; anything past the last."""
+    return gl.load(row_to_slot + first_row + start + rows, mask=start + rows < num_rows, other=0)
 
 
 @gluon.jit
@@ -184,11 +184,12 @@ def produce_dw(
         x_inside = (x_cols // 8 < (H - hidden) // 8)[None, :]
         d_inside = (d_cols // 8 < (PARTS * width - inner) // 8)[None, :]
         d_start = d + PARTS * gl.load(ragged_offsets + expert) + inner
-        source = tokens_of(row_to_slot, first_row, x_rows, 0, num_rows, TOP_K)
-        following = tokens_of(row_to_slot, first_row, x_rows, BLOCK_K, num_rows, TOP_K)
+        # Two steps ahead, and used in no way before: the producer must not wait for them.
+        slots = slots_of(row_to_slot, first_row, x_rows, 0, num_rows)
+        following = slots_of(row_to_slot, first_row, x_rows, BLOCK_K, num_rows)
         for step in range(gl.cdiv(num_rows, BLOCK_K)):
             rows_left = num_rows - step * BLOCK_K
-            x_ptrs = x + hidden + (source.to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
+            x_ptrs = x + hidden + ((slots // TOP_K).to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
             x_ptrs = gl.max_contiguous(gl.multiple_of(x_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
             d_ptrs = d_start + (d_rows * (PARTS * width))[:, None] + d_cols[None, :]
             d_ptrs = gl.max_contiguous(gl.multiple_of(d_ptrs, [1, 16]), [1, 8])
@@ -203,8 +204,8 @@ def produce_dw(
                 copy_elements(b_tiles.index(stage), d_ptrs, d_mask)
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             d_start += BLOCK_K * PARTS * width.to(gl.int64)
-            source = following
-            following = tokens_of(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows, TOP_K)
+            slots = following
+            following = slots_of(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows)
             stage, phase = advance(stage, phase, STAGES)
     async_copy.wait_group(0)
 
