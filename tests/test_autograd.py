@@ -72,7 +72,7 @@ def test_what_is_saved(device: str) -> None:
 
 
 def test_a_retained_graph_gives_the_same_gradients_again(device: str) -> None:
-    """Although the first backward overwrites the pre-activation and gives its memory back."""
+    """Although the first backward gives the pre-activation's memory back."""
     inputs = inputs_for(CASE, torch.float32, device)
     leaves = [getattr(inputs, name).clone().requires_grad_() for name in ("x", "topk_weights", "w1", "w2", "w3")]
     x, weights, *experts = leaves

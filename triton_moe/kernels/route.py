@@ -139,9 +139,13 @@ def route_place_kernel(
     known = ids >= 0
     placed = known & (tl.load(widths + ids, mask=known, other=0) > 0)
     earlier_spans = tl.load(span_counts + program * EXPERTS + ids, mask=placed, other=0)
-    earlier = (ids[None, :] == ids[:, None]) & (places[None, :] < places[:, None])
-    first_row = tl.gather(last_row - rows, tl.maximum(ids, 0), 0)
-    row = first_row + earlier_spans + tl.sum(earlier.to(tl.int32), 1)
+    earlier = tl.zeros([SLOTS], tl.int32)
+    for start in tl.static_range(0, SLOTS, 32):  # a few at a time, to spare registers
+        others = start + tl.arange(0, 32)
+        other_ids = load_ids(topk_ids, program * SLOTS + others, num_slots, NUM_EXPERTS)
+        same = (other_ids[None, :] == ids[:, None]) & (others[None, :] < places[:, None])
+        earlier += tl.sum(same.to(tl.int32), 1)
+    row = tl.gather(last_row - rows, tl.maximum(ids, 0), 0) + earlier_spans + earlier
     tl.store(slot_to_row + slots, tl.where(placed, row, -1), mask=slots < num_slots)
     tl.store(row_to_slot + row, slots, mask=placed)
     fill(row_to_slot, tl.sum(rows), num_slots, -1, SLOTS)
@@ -167,7 +171,7 @@ def _launchers(layout: ExpertLayout, device: torch.device) -> _Launchers:
     return _Launchers(
         Launcher(route_count_kernel, **of_span),
         Launcher(route_sum_kernel, EXPERTS=experts, SPANS=_SPANS),
-        Launcher(route_place_kernel, **of_span, BLOCK_M=BLOCK_M, ALIGNMENT=RAGGED_ALIGNMENT, num_warps=8),
+        Launcher(route_place_kernel, **of_span, BLOCK_M=BLOCK_M, ALIGNMENT=RAGGED_ALIGNMENT),
         layout_tables(layout, device),
         experts,
     )

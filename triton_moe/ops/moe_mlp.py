@@ -11,7 +11,7 @@ from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import packed_numel, route, unpack
 from triton_moe.kernels.scatter import scatter_fwd
-from triton_moe.layout import ExpertLayout, ragged_numel
+from triton_moe.layout import ExpertLayout, Routing, ragged_numel
 from triton_moe.ops.library import Operator, is_eager, layout_of
 from triton_moe.ops.up_backward import up_backward
 
@@ -53,23 +53,35 @@ def _forward_fake(
     )
 
 
+def _is_largest(pre: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, routing: Routing) -> bool:
+    """Whether the pre-activation beside its own gradient would be a backward's peak, not the rows of dx and all dw.
+
+    Then the gradient takes its place: dh is 40% slower so (dev/LOG.md, 2026-11-24, Hopper).
+    """
+    behind_pre = pre.numel() + pre.numel() // _parts(w3)
+    return behind_pre > routing.num_rows * x.shape[1] + _parts(w3) * w1.numel() + w2.numel()
+
+
 def _backward_impl(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
     pre: Tensor, packed: Tensor, needs: Sequence[bool], widths: Sequence[int], activation: str, exact: bool,
-    keep_pre: bool, backend: str, overwrite_pre: bool = False,
+    keep_pre: bool, backend: str, consume_pre: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """-> those of dx, dweights, dw1, dw2 and dw3 that are needed. Unless it was kept, pre is computed once more.
 
-    With `overwrite_pre` its gradient takes its place and its memory is given back before dx exists: less at the peak,
-    and nothing left for a second backward.
+    With `consume_pre` its memory is given back as soon as its gradient is known, and that gradient's before dx exists:
+    less at the peak, and nothing left for a second backward.
     """
     routing = unpack(packed, topk_ids, layout_of(tuple(widths)), backend)
     if not keep_pre:
         pre = x.new_empty(_parts(w3) * (routing.read_ragged_numel() if exact else routing.ragged_numel()))
         grouped_gemm_up_fwd(x, w1, w3, None, pre, routing, activation)
     need_x, _, need_w1, need_w2, need_w3 = needs
-    dpre = pre if overwrite_pre or not keep_pre else torch.empty_like(pre)
+    consume_pre |= not keep_pre
+    dpre = pre if consume_pre and _is_largest(pre, x, w1, w2, w3, routing) else torch.empty_like(pre)
     act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre)
+    if consume_pre and dpre is not pre:
+        pre.untyped_storage().resize_(0)
     dw2 = None
     if need_w2:
         dw2 = torch.empty_like(w2)
@@ -106,22 +118,22 @@ _moe_mlp_backward = Operator(
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *operands, ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre, ctx.backend = inputs
     _, pre, packed = output
-    ctx.overwritten = False
+    ctx.consumed = False
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(pre, packed)
     ctx.save_for_backward(*operands, pre, packed)
 
 
 def _backward(ctx, dout, _dpre, _dpacked):
-    """In eager calls the first one overwrites the pre-activation, another (`retain_graph=True`) computes it anew."""
+    """In eager calls the first one consumes the pre-activation, another (`retain_graph=True`) computes it anew."""
     if dout is None:
         return (None,) * 11
-    overwrite_pre = is_eager(ctx)
+    consume_pre = is_eager(ctx)
     x, weights, _, w1, w2, w3 = ctx.needs_input_grad[:6]
     needs = (x, weights, w1, w2, w3)
-    options = ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre and not ctx.overwritten, ctx.backend
-    ctx.overwritten = overwrite_pre
-    grads = iter(_moe_mlp_backward(dout, *ctx.saved_tensors, needs, *options, overwrite_pre=overwrite_pre))
+    options = ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre and not ctx.consumed, ctx.backend
+    ctx.consumed = consume_pre
+    grads = iter(_moe_mlp_backward(dout, *ctx.saved_tensors, needs, *options, consume_pre=consume_pre))
     dx, dweights, dw1, dw2, dw3 = (next(grads) if needed else None for needed in needs)
     return dx, dweights, None, dw1, dw2, dw3, *(None,) * 5
 

@@ -17,13 +17,16 @@ from triton_moe.kernels.hopper.pipeline import (
     async_copy,
     copy_elements,
     copy_rows,
+    fence_async_shared,
     halves,
     make_buffers,
     make_ring,
     mbarrier,
     multiply,
     pieces,
+    store_box,
     store_rows,
+    tma,
     wide_layout,
 )
 
@@ -184,10 +187,11 @@ def produce_dw(
         x_inside = (x_cols // 8 < (H - hidden) // 8)[None, :]
         d_inside = (d_cols // 8 < (PARTS * width - inner) // 8)[None, :]
         d_start = d + PARTS * gl.load(ragged_offsets + expert) + inner
-        # Two steps ahead, and used in no way before: the producer must not wait for them.
+        # Asked for two steps ahead and before the wait for a stage: the producer must not wait for these as well.
         slots = slots_of(row_to_slot, first_row, x_rows, 0, num_rows)
         following = slots_of(row_to_slot, first_row, x_rows, BLOCK_K, num_rows)
         for step in range(gl.cdiv(num_rows, BLOCK_K)):
+            after = slots_of(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows)
             rows_left = num_rows - step * BLOCK_K
             x_ptrs = x + hidden + ((slots // TOP_K).to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
             x_ptrs = gl.max_contiguous(gl.multiple_of(x_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
@@ -205,7 +209,7 @@ def produce_dw(
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             d_start += BLOCK_K * PARTS * width.to(gl.int64)
             slots = following
-            following = slots_of(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows)
+            following = after
             stage, phase = advance(stage, phase, STAGES)
     async_copy.wait_group(0)
 
@@ -216,8 +220,7 @@ def finish_dw(
     HALF: gl.constexpr, PARTS: gl.constexpr, RAGGED_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_h, H, stride_w = operands
-    buffer = buffers.index(HALF)
+    ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_h, H = operands
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -235,32 +238,42 @@ def finish_dw(
         )
         tiles = pieces(acc)
         for p in gl.static_range(BLOCK_N // PIECE_N):
-            if inner < PARTS * width:
-                target = gl.where(inner < width, dw, dw_up)
-                column = (offset + inner - gl.where(inner < width, 0, width)).to(gl.int64)
-                if RAGGED_M:
-                    start = target + column * stride_w + hidden
-                    store_rows(buffer, tiles[p], start, stride_w, PIECE_N, H - hidden)
+            if inside & (inner < PARTS * width):
+                buffer = buffers.index(2 * HALF + p % 2)
+                tma.store_wait(pendings=1 if p > 0 else 0)  # the tile before may have stored an odd number of pieces
+                buffer.store(tiles[p].to(buffer.dtype))
+                fence_async_shared()
+                if inner < width:
+                    store_piece(dw, buffer, hidden, offset + inner, RAGGED_M)
                 else:
-                    start = target + hidden.to(gl.int64) * stride_w + column
-                    store_rows(buffer, tiles[p], start, stride_w, H - hidden, PIECE_N)
+                    store_piece(dw_up, buffer, hidden, offset + inner - width, RAGGED_M)
             if RAGGED_M:
                 hidden += PIECE_N
             else:
                 inner += PIECE_N
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def store_piece(dw, buffer, hidden, column, RAGGED_M: gl.constexpr):
+    """Start storing a piece of a weight gradient, as it lies in memory; what sticks out of H is left out."""
+    if RAGGED_M:
+        store_box(dw, [column, hidden], buffer)
+    else:
+        store_box(dw, [hidden, column], buffer)
 
 
 @gluon.jit
 def grouped_gemm_dw_hopper_kernel(
-    x, d, dw, dw_up, widths, offsets, row_offsets, tiles, row_to_slot, ragged_offsets, H, stride_xt, stride_w,
+    x, d, dw, dw_up, widths, offsets, row_offsets, tiles, row_to_slot, ragged_offsets, H, stride_xt,
     num_tiles, num_tiles_h,
     PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, PRODUCER_THREADS)
-    buffers = make_buffers(x.dtype.element_ty, 2, PIECE_N)
+    buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, tiles)
-    consumer = (ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_h, H, stride_w)
+    consumer = (ring, buffers, dw, dw_up, tables, num_tiles, num_tiles_h, H)
     producer = (ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt)
     gl.warp_specialize(
         [

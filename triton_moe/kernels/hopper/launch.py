@@ -72,6 +72,12 @@ def _boxes(w: Tensor, columns: int, by_k: bool) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(w.t() if by_k else w, list(box), _shared_layout(box, w.dtype))
 
 
+def _piece_boxes(matrix: Tensor) -> TensorDescriptor:
+    """A matrix, of contiguous rows, in boxes of what a consumer stores at a time."""
+    piece = HALF_M.value, PIECE_N.value
+    return TensorDescriptor.from_tensor(matrix, list(piece), _shared_layout(piece, matrix.dtype))
+
+
 def _tiles(routing: Routing) -> TileLists:
     assert routing.tiles is not None
     return routing.tiles
@@ -94,7 +100,7 @@ def _launcher(
     return launch, layout_tables(layout, device), _num_programs(device)
 
 
-_REGISTERS, _GATED_DH_REGISTERS = (56, 224), (40, 232)
+_REGISTERS, _DW_REGISTERS, _GATED_DH_REGISTERS = (56, 224), (72, 216), (40, 232)
 """Of a producer's thread and a consumer's: 128 producers and 256 consumers share 64,512."""
 
 
@@ -125,12 +131,10 @@ def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Rout
         B_BY_K=by_k,
     )  # fmt: skip
     boxes = _boxes(w, BLOCK_N, by_k)
-    piece = HALF_M.value, PIECE_N.value
-    y_boxes = TensorDescriptor.from_tensor(y, list(piece), _shared_layout(piece, y.dtype))
+    up_boxes = boxes if w_up is None else _boxes(w_up, BLOCK_N, by_k)
     launch(
-        (programs,), a, boxes, boxes if w_up is None else _boxes(w_up, BLOCK_N, by_k), y, y_boxes, tables.widths,
-        tables.offsets, routing.row_offsets, _tiles(routing).numbers, routing.row_blocks, routing.ragged_offsets,
-        hidden_size, cdiv(hidden_size, BLOCK_N),
+        (programs,), a, boxes, up_boxes, y, _piece_boxes(y), tables.widths, tables.offsets, routing.row_offsets,
+        _tiles(routing).numbers, routing.row_blocks, routing.ragged_offsets, hidden_size, cdiv(hidden_size, BLOCK_N),
     )  # fmt: skip
 
 
@@ -156,14 +160,16 @@ def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing)
     x, layout, hidden_size = _straight(x), routing.layout, x.shape[1]
     parts, ragged_m = 1 if dw_up is None else 2, dw.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_dw_hopper_kernel, layout, x.device, _REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
+        grouped_gemm_dw_hopper_kernel, layout, x.device, _DW_REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
         TOP_K=routing.top_k,
     )  # fmt: skip
     columns = BLOCK_M if ragged_m else BLOCK_N // parts
     num_tiles_h = cdiv(hidden_size, BLOCK_N if ragged_m else BLOCK_M)
     num_tiles = layout.num_column_blocks(columns) * (parts if ragged_m else 1) * num_tiles_h
+    boxes = _piece_boxes(dw.t() if ragged_m else dw)
+    up_boxes = boxes if dw_up is None else _piece_boxes(dw_up.t() if ragged_m else dw_up)
     launch(
-        (programs,), x, d, dw, dw if dw_up is None else dw_up, tables.widths, tables.offsets, routing.row_offsets,
+        (programs,), x, d, boxes, up_boxes, tables.widths, tables.offsets, routing.row_offsets,
         _tiles(routing).weights[columns], routing.row_to_slot, routing.ragged_offsets, hidden_size, x.stride(0),
-        max(dw.stride()), num_tiles, num_tiles_h,
+        num_tiles, num_tiles_h,
     )  # fmt: skip
