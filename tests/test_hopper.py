@@ -187,3 +187,18 @@ def test_it_really_runs() -> None:
     routing = route(torch.zeros(8, 2, dtype=torch.int32, device="cuda"), layout, "hopper")
     assert hopper.takes(routing, w.bfloat16())
     assert not hopper.takes(routing, torch.zeros(64, 193, device="cuda").bfloat16()[:, 1:])
+
+
+@pytest.mark.gpu
+@hopper_only
+def test_large_products_come_here_by_themselves() -> None:
+    from triton_moe.kernels.hopper import launch as hopper
+    from triton_moe.kernels.route import route
+
+    layout = ExpertLayout.from_widths((512,) * 8)
+    w = torch.zeros(1024, 4096, device="cuda", dtype=torch.bfloat16)
+    ids = torch.zeros(8192, 8, dtype=torch.int32, device="cuda")
+    assert hopper.takes(route(ids, layout), w)
+    assert not hopper.takes(route(ids[1:], layout), w)
+    assert not hopper.takes(route(ids, layout, "triton"), w)
+    assert not hopper.takes(route(ids, layout), w.float())

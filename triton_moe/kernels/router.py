@@ -241,7 +241,7 @@ def _launchers(
         Launcher(
             router_fwd_kernel, **shared, RANKS=triton.next_power_of_2(top_k), **choice, AUX=aux, TOKENS=tokens
         ),
-        Launcher(router_finish_kernel, **shared, AUX=aux, ROWS=max(1, _TILE // experts)),
+        Launcher(router_finish_kernel, **shared, AUX=aux, ROWS=max(1, 4 * _TILE // experts)),
         Launcher(router_bwd_kernel, **shared, **choice, TOKENS=tokens),
         balance_scale,
         compute_scale,

@@ -21,6 +21,9 @@ from triton_moe.layout import ExpertLayout, Routing, TileLists
 
 BLOCK_N = 256
 _BLOCK_K = BLOCK_K.value
+_WORTH_IT = 2**35
+"""Rows times H times mean width from which `backend="auto"` comes here. Below it the host is the bottleneck of an eager
+step, and these launches, with their descriptors, cost it more."""
 assert INTERPRETED or 2 * HALF_M.value == BLOCK_M
 
 
@@ -43,13 +46,14 @@ def _aligned(matrix: Tensor) -> bool:
 
 
 def takes(routing: Routing, *weights: Tensor | None) -> bool:
-    """Whether a product of these weights, or for them, runs here: if that was asked for, there are rows, and no weight
-    lies askew in memory."""
+    """Whether a product of these weights, or for them, runs here: if that was asked for, or it is large and the choice
+    is ours; there are rows, and no weight lies askew in memory."""
     first = weights[0]
     assert first is not None
     hidden_size = first.numel() // routing.layout.total_width
+    size = routing.num_rows * first.numel() // routing.layout.num_experts
     return (
-        routing.backend == "hopper"
+        (routing.backend == "hopper" or (routing.backend == "auto" and size >= _WORTH_IT))
         and routing.num_rows > 0
         and fits(routing.layout, hidden_size, first.dtype, first.device)
         and all(weight is None or _aligned(weight) for weight in weights)
