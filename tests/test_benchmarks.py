@@ -9,6 +9,7 @@ import accuracy
 import bench_host
 import bench_kernels
 import bench_moe
+import cold_start
 import contestants
 import pytest
 import report
@@ -18,7 +19,7 @@ import stress
 import torch
 from cases import CASES, GROUPS, bench_case, select
 
-from triton_moe import moe_mlp
+from triton_moe import moe_mlp, products
 from triton_moe.testing import SEED_CASES
 
 PROVENANCE = ["gpu", "driver", "torch", "triton", "python", "commit", "date"]
@@ -167,10 +168,18 @@ def test_kernels(tmp_path: Path) -> None:
 
 def test_kernels_off_get_no_time() -> None:
     right, wrong = (
-        bench_kernels.Kernel(lambda: None, lambda value=value: [torch.full((4,), value)], 1) for value in (1.0, 1.1)
+        products.Product(lambda: None, lambda value=value: [torch.full((4,), value)], 1) for value in (1.0, 1.1)
     )
-    assert bench_kernels.disagreement(right, right) == 0
-    assert bench_kernels.disagreement(wrong, right) > bench_kernels.TOLERANCE
+    assert products.disagreement(right, right) == 0
+    assert products.disagreement(wrong, right) > products.TOLERANCE
+
+
+def test_cold_start(tmp_path: Path) -> None:
+    assert cold_start.main(["--quick", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path / "cold_start.csv")
+    assert float(row["empty_cache_s"]) > 0
+    assert float(row["warm_cache_s"]) > 0
+    assert list(row)[-len(PROVENANCE) :] == PROVENANCE
 
 
 def test_stress(tmp_path: Path) -> None:

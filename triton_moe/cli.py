@@ -219,3 +219,39 @@ def train(
         console.print(f"Stopped after {trainer.done} steps; saved. Go on with {go_on}")
         raise typer.Exit(130)
     _conclude(trainer, out, sample_bytes, console)
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option(help="The table to write rows into.")] = Path("tuning.json"),
+    kernels: Annotated[list[str] | None, typer.Option("--kernel", help="Only this one; may be given again.")] = None,
+    experts: Annotated[str, typer.Option(help="count x width, as in 4x256+2x64.")] = "128x256",
+    hidden_size: Annotated[int, typer.Option()] = 1536,
+    tokens: Annotated[int, typer.Option(help="Of a step.")] = 24576,
+    top_k: Annotated[int, typer.Option(help="Experts a token.")] = 8,
+    activation: Annotated[str, typer.Option()] = "swiglu",
+    precision: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+) -> None:
+    """Search this GPU's fastest tiles on one shape. The environment's TRITON_MOE_TUNING=FILE puts them to use."""
+    from triton_moe import tune  # needs Triton, the other commands do not
+
+    console = Console()
+    try:
+        shape, dtype, device = tune.request(tokens, hidden_size, parse_sizes(experts), top_k, activation, precision)
+        known = tune.kernels_for(shape, dtype, device)
+        for name in kernels or ():
+            if name not in known:
+                raise ValueError(f"kernel: expected one of {', '.join(known)}, got {name!r}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for name in kernels or known:
+        found = {}
+        for config, milliseconds in tune.search(name, known[name], shape, dtype, device):
+            shown = "does not fit" if milliseconds is None else f"{milliseconds:.4f} ms"
+            console.print(f"{name} {' '.join(f'{key}={value}' for key, value in config._asdict().items())}: {shown}")
+            if milliseconds is not None:
+                found[config] = milliseconds
+        if found:
+            best = min(found, key=found.__getitem__)
+            tune.write_row(out, name, best, found[best], shape, device)
+    console.print(f"Rows are in {out}; TRITON_MOE_TUNING={out} puts them to use.")

@@ -6,7 +6,6 @@ the gated forms are those of Shazeer 2020, arXiv:2002.05202. relu and relu_squar
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from triton_moe.activations import GATE_ACTIVATION, is_gated
 from triton_moe.kernels.config import BLOCK_M, LayoutTables, cdiv, layout_tables, tile_config
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start
+from triton_moe.kernels.tuning import cached_launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -128,7 +128,7 @@ def activation_bwd_kernel(
     store_dpre(dpre_ptrs, pitch, mask, gate, up, act_fwd(gate, ACTIVATION), d, ACTIVATION, GATED)
 
 
-@functools.lru_cache(maxsize=256)
+@cached_launcher
 def _activation_bwd_launcher(
     layout: ExpertLayout, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:

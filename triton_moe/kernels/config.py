@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from triton_moe.kernels.tuning import TileConfig, tuned
 from triton_moe.layout import ExpertLayout
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -21,39 +22,9 @@ BLOCK_M = 16 if INTERPRETED else 128
 """Rows of a row block: the tile height of every kernel that walks the routed rows."""
 
 
-class TileConfig(NamedTuple):
-    """Keywords of a GEMM kernel's launch. None depends on the number of tokens: a new batch size compiles nothing."""
-
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-
 _INTERPRETER_TILE = TileConfig(16, 16, 1, 1)
 _FP32_TILE = TileConfig(64, 16, 8, 2)
 _FP32_PAIR_TILE = TileConfig(32, 16, 8, 2)
-# Fits the 99 KB of shared memory of compute capability 8.6, 8.9 and 12.0.
-_TILES = {
-    "up": TileConfig(128, 32, 8, 4),
-    "up_gated": TileConfig(64, 32, 8, 4),
-    "down": TileConfig(128, 32, 8, 4),
-    "dh": TileConfig(64, 32, 8, 4),
-    "dh_gated": TileConfig(64, 32, 8, 4),
-    "dw": TileConfig(128, 32, 8, 4),
-    "activation": TileConfig(64, 0, 4, 1),
-}
-# Compute capability 9.0, the fastest of a few shapes each on an H200 (dev/LOG.md, 2026-11-24).
-_HOPPER_TILES = {
-    "up": TileConfig(128, 64, 8, 3),
-    "up_gated": TileConfig(128, 64, 8, 3),
-    "down": TileConfig(128, 64, 4, 3),
-    "dh": TileConfig(128, 64, 8, 3),
-    "dh_gated": TileConfig(64, 64, 8, 4, maxnreg=128),
-    "dw": TileConfig(128, 64, 8, 5),
-    "activation": TileConfig(64, 0, 4, 1),
-}
 
 
 @functools.cache
@@ -67,7 +38,7 @@ def tile_config(kernel: str, dtype: torch.dtype, device: torch.device) -> TileCo
         return _INTERPRETER_TILE
     if dtype.itemsize == 4:
         return _FP32_PAIR_TILE if kernel.endswith("gated") else _FP32_TILE
-    return (_HOPPER_TILES if capability(device) == (9, 0) else _TILES)[kernel]
+    return tuned(kernel, capability(device), TileConfig)
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -7,7 +7,6 @@ together; a program past its expert's width has nothing to do.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
 from triton_moe.kernels.transpose import loadable
+from triton_moe.kernels.tuning import cached_launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 
@@ -116,7 +116,7 @@ def grouped_gemm_down_fwd_kernel(
     tl.store(y_ptrs, acc.to(y.dtype.element_ty), mask=exists[:, None] & col_mask[None, :])
 
 
-@functools.lru_cache(maxsize=256)
+@cached_launcher
 def _up_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
@@ -156,7 +156,7 @@ def grouped_gemm_up_fwd(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
+@cached_launcher
 def _down_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:

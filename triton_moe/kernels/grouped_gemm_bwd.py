@@ -31,6 +31,7 @@ from triton_moe.kernels.config import (
 from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import accumulate, block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.kernels.tuning import cached_launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 
@@ -147,7 +148,7 @@ _SLOTS = 128
 """Slots a program of `sum_partials_kernel` sums for."""
 
 
-@functools.lru_cache(maxsize=256)
+@cached_launcher
 def _dh_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
@@ -202,7 +203,7 @@ def grouped_gemm_dh(
     return act_weighted, dweights
 
 
-@functools.lru_cache(maxsize=256)
+@cached_launcher
 def _dw_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> tuple[Launcher, LayoutTables, int, int]:

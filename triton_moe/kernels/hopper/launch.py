@@ -17,6 +17,7 @@ from triton_moe.kernels.hopper.grouped_gemm import grouped_gemm_down_hopper_kern
 from triton_moe.kernels.hopper.grouped_gemm_bwd import grouped_gemm_dh_hopper_kernel, grouped_gemm_dw_hopper_kernel
 from triton_moe.kernels.hopper.pipeline import BLOCK_K, HALF_M, PIECE_N
 from triton_moe.kernels.launch import Launcher
+from triton_moe.kernels.tuning import PipelineConfig, cached_launcher, tuned
 from triton_moe.layout import ExpertLayout, Routing, TileLists
 
 BLOCK_N = 256
@@ -92,20 +93,14 @@ def _num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.lru_cache(maxsize=256)
+@cached_launcher
 def _launcher(
-    kernel: Any, layout: ExpertLayout, device: torch.device, registers: tuple[int, int], **options: Any
+    kernel: Any, name: str, layout: ExpertLayout, device: torch.device, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
-    """-> launcher, the layout's tables, programs. `registers`: of a producer's thread and of a consumer's."""
-    launch = Launcher(
-        kernel, **options, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=4, PRODUCER_REGISTERS=registers[0],
-        CONSUMER_REGISTERS=registers[1], num_warps=4,
-    )  # fmt: skip
+    """-> launcher, the layout's tables, programs. `name`: the kernel's in the tuning table."""
+    config = tuned(f"hopper_{name}", (9, 0), PipelineConfig)
+    launch = Launcher(kernel, **options, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **config._asdict(), num_warps=4)
     return launch, layout_tables(layout, device), _num_programs(device)
-
-
-_REGISTERS, _DW_REGISTERS, _GATED_DH_REGISTERS = (56, 224), (72, 216), (40, 232)
-"""Of a producer's thread and a consumer's: 128 producers and 256 consumers share 64,512."""
 
 
 def up_fwd(
@@ -114,7 +109,7 @@ def up_fwd(
 ) -> None:  # fmt: skip
     x, layout, gated, by_k = _straight(x), routing.layout, w3 is not None, w1.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_up_hopper_kernel, layout, x.device, _REGISTERS, TOP_K=routing.top_k,
+        grouped_gemm_up_hopper_kernel, "up", layout, x.device, TOP_K=routing.top_k,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, KEEP_PRE=pre is not None,
         KEEP_ACT=out is not None, B_BY_K=by_k,
     )  # fmt: skip
@@ -131,7 +126,7 @@ def up_fwd(
 def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
     hidden_size, by_k = w.shape[1], w.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_down_hopper_kernel, routing.layout, a.device, _REGISTERS, PARTS=1 if w_up is None else 2,
+        grouped_gemm_down_hopper_kernel, "down", routing.layout, a.device, PARTS=1 if w_up is None else 2,
         B_BY_K=by_k,
     )  # fmt: skip
     boxes = _boxes(w, BLOCK_N, by_k)
@@ -149,7 +144,7 @@ def dh(
     """`dweights_partial (R, tiles)`: a partial sum for each tile of BLOCK_N columns."""
     dout, by_k, gated = _straight(dout), w2.stride(1) == 1, is_gated(activation)
     launch, tables, programs = _launcher(
-        grouped_gemm_dh_hopper_kernel, routing.layout, dout.device, _GATED_DH_REGISTERS if gated else _REGISTERS,
+        grouped_gemm_dh_hopper_kernel, "dh_gated" if gated else "dh", routing.layout, dout.device,
         TOP_K=routing.top_k, ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, B_BY_K=by_k,
     )  # fmt: skip
     tiles = _tiles(routing)
@@ -164,7 +159,7 @@ def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing)
     x, layout, hidden_size = _straight(x), routing.layout, x.shape[1]
     parts, ragged_m = 1 if dw_up is None else 2, dw.stride(1) != 1
     launch, tables, programs = _launcher(
-        grouped_gemm_dw_hopper_kernel, layout, x.device, _DW_REGISTERS, PARTS=parts, RAGGED_M=ragged_m,
+        grouped_gemm_dw_hopper_kernel, "dw", layout, x.device, PARTS=parts, RAGGED_M=ragged_m,
         TOP_K=routing.top_k,
     )  # fmt: skip
     columns = BLOCK_M if ragged_m else BLOCK_N // parts

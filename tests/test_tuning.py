@@ -1,0 +1,124 @@
+"""The tuning table, and the search that fills it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from triton_moe import ExpertLayout
+from triton_moe.cli import app
+
+pytest.importorskip("triton")
+
+from triton_moe import tune
+from triton_moe.kernels import tuning
+from triton_moe.kernels.hopper.launch import fits
+from triton_moe.products import Shape
+from triton_moe.kernels.tuning import PipelineConfig, TileConfig
+
+SHAPE = Shape(256, 128, ExpertLayout.from_sizes([(2, 128), (2, 64)]), 2, "swiglu")
+
+
+@pytest.fixture
+def fresh_table():
+    tuning.table.cache_clear()
+    yield
+    tuning.table.cache_clear()
+
+
+def row(kernel: str, config: TileConfig | PipelineConfig, capability: str = "9.0") -> dict:
+    return {"capability": capability, "kernel": kernel, "config": config._asdict()}
+
+
+def test_every_kernel_has_a_row_for_any_gpu_or_is_hoppers() -> None:
+    rows = tuning.read_table(tuning.PACKAGED)
+    kernels = {kernel for _, kernel in rows}
+    assert {kernel for capability, kernel in rows if capability == "any"} == {
+        kernel for kernel in kernels if not kernel.startswith("hopper_")
+    }
+    assert {f"hopper_{name}" for name in ("up", "down", "dh", "dh_gated", "dw")} <= kernels
+    for config in rows.values():
+        if isinstance(config, PipelineConfig):
+            assert config.PRODUCER_REGISTERS + 2 * config.CONSUMER_REGISTERS <= 504
+
+
+@pytest.mark.usefixtures("fresh_table")
+def test_the_users_rows_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = TileConfig(64, 32, 4, 2)
+    (tmp_path / "mine.json").write_text(json.dumps([row("up", mine, "8.6")]))
+    packaged = tuning.read_table(tuning.PACKAGED)
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "mine.json"))
+    assert tuning.tuned("up", (8, 6), TileConfig) == mine != packaged["any", "up"]
+    assert tuning.tuned("up", (8, 0), TileConfig) == packaged["any", "up"]
+    assert tuning.tuned("up", (9, 0), TileConfig) == packaged["9.0", "up"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"capability": "9.0", "kernel": "up", "config": {"BLOCK_M": 1}}]'])
+def test_no_table(text: str, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(text or "not JSON")
+    if text == "{}":
+        assert tuning.read_table(tmp_path / "table.json") == {}
+        return
+    with pytest.raises(ValueError, match=r"table\.json: expected a tuning table"):
+        tuning.read_table(tmp_path / "table.json")
+    with pytest.raises(ValueError, match=r"missing\.json: expected a tuning table"):
+        tuning.read_table(tmp_path / "missing.json")
+
+
+def test_a_new_row_takes_the_old_ones_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    path, device = tmp_path / "table.json", torch.device("cpu")
+    for config in (TileConfig(64, 32, 4, 2), TileConfig(128, 32, 8, 3)):
+        for kernel in ("up", "down"):
+            tune.write_row(path, kernel, config, 1.5, SHAPE, device)
+    assert tuning.read_table(path) == dict.fromkeys((("9.0", "up"), ("9.0", "down")), TileConfig(128, 32, 8, 3))
+    assert json.loads(path.read_text())[0]["ms"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--precision", "fp32", "precision: expected one of bf16, fp16"), ("--tokens", "0", "tokens: expected 1 or more")],
+)
+def test_bad_requests(option: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CliRunner().invoke(app, ["tune"])
+    if not torch.cuda.is_available():
+        assert result.exit_code == 2
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        tune.request(
+            int(value) if option == "--tokens" else 8,
+            64,
+            [(2, 64)],
+            1,
+            "swiglu",
+            value if option == "--precision" else "bf16",
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_table")
+@pytest.mark.parametrize("kernel", ["up_gated", "down", "dh_gated", "dw", "hopper_up", "hopper_dw"])
+def test_search(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times what fits, puts what was in force back, and leaves out what cannot run."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if kernel.startswith("hopper_") and not fits(SHAPE.layout, SHAPE.hidden_size, torch.bfloat16, device):
+        assert kernel not in tune.kernels_for(SHAPE, torch.bfloat16, device)
+        return
+    monkeypatch.setattr(tune, "TILES", (TileConfig(64, 32, 4, 2), TileConfig(128, 64, 4, 40)))
+    monkeypatch.setattr(tune, "PIPELINES", (PipelineConfig(3, 56, 224), PipelineConfig(9, 56, 224)))
+    major, minor = torch.cuda.get_device_capability(device)
+    before = tuning.table().get((f"{major}.{minor}", kernel)) or tuning.table()["any", kernel]
+    product = tune.kernels_for(SHAPE, torch.bfloat16, device)[kernel]
+    times = dict(tune.search(kernel, product, SHAPE, torch.bfloat16, device))
+    assert len(times) == 3
+    assert next(iter(times)) == before
+    first, small, impossible = times.values()
+    assert first is not None
+    assert small is not None
+    assert first > 0
+    assert small > 0
+    assert impossible is None
+    assert tuning.table()[f"{major}.{minor}", kernel] == before

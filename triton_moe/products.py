@@ -1,0 +1,89 @@
+"""The GEMMs of a training step, each by itself, on operands of a given shape: for timing and for tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from triton_moe.activations import is_gated
+from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
+from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
+from triton_moe.kernels.route import route
+from triton_moe.layout import ExpertLayout
+
+TOLERANCE = 0.02
+"""Of the relative difference, in 16 bits, between two ways to the same product."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product. `gemms`: how many of `2 T K H mean width` operations it stands for."""
+
+    call: Callable[[], object]
+    result: Callable[[], list[Tensor]]
+    """What `call` filled, and it alone."""
+    gemms: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer multiplies: T tokens, H, the experts' layout, K experts a token."""
+
+    num_tokens: int
+    hidden_size: int
+    layout: ExpertLayout
+    top_k: int
+    activation: str
+
+
+def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
+    """up, down, dh, dw1 (and dw3), dw2, dx: the products of a training step.
+
+    Rows are routed at random with equal shares; weights lie as `MoEMLP` has them; numbers are at unit scale.
+    """
+    layout, K, activation = shape.layout, shape.top_k, shape.activation
+    T, H, S, gated = shape.num_tokens, shape.hidden_size, layout.total_width, is_gated(activation)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    x, dout, w1, w2 = normal(T, H), normal(T, H), normal(H, S) / H**0.5, normal(S, H) / 16
+    w3 = normal(H, S) / H**0.5 if gated else None
+    ids = torch.rand(T, layout.num_experts, generator=generator, device=device).topk(K).indices.int()
+    weights = torch.rand(T, K, generator=generator, device=device)
+    routing, parts = route(ids, layout, backend), 2 if gated else 1
+    rows = int(routing.read_ragged_numel())
+    pre, act = normal(parts * rows), normal(rows)
+    y, dx_rows = (x.new_zeros(T * K, H) for _ in range(2))
+    kept_pre, kept_act, dpre = torch.zeros_like(pre), torch.zeros_like(act), torch.zeros_like(pre)
+    dw1, dw2, dw3 = torch.zeros_like(w1), torch.zeros_like(w2), None if w3 is None else torch.zeros_like(w1)
+    of_dh: list[Tensor] = []
+
+    def dh() -> None:
+        of_dh[:] = grouped_gemm_dh(dout, w2, pre, weights, routing, activation, dpre)
+
+    both = [dw1] if dw3 is None else [dw1, dw3]
+    up_t = None if w3 is None else w3.t()
+    return {
+        "up": Product(
+            lambda: grouped_gemm_up_fwd(x, w1, w3, kept_act, kept_pre, routing, activation),
+            lambda: [kept_act, kept_pre], parts,
+        ),
+        "down": Product(lambda: grouped_gemm_down_fwd(act, w2, None, y, routing), lambda: [y], 1),
+        "dh": Product(dh, lambda: [*of_dh, dpre], 1),
+        "dw2": Product(lambda: grouped_gemm_dw(dout, act, dw2.t(), None, routing), lambda: [dw2], 1),
+        "dw1": Product(lambda: grouped_gemm_dw(x, pre, dw1, dw3, routing), lambda: both, parts),
+        "dx": Product(lambda: grouped_gemm_down_fwd(pre, w1.t(), up_t, dx_rows, routing), lambda: [dx_rows], parts),
+    }  # fmt: skip
+
+
+def disagreement(actual: Product, expected: Product) -> float:
+    """Largest relative difference of what the two fill."""
+    actual.call()
+    expected.call()
+    pairs = zip(actual.result(), expected.result(), strict=True)
+    return max(((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item() for a, b in pairs)

@@ -1,0 +1,108 @@
+"""The search behind `triton-moe tune`: every kernel with every configuration that may do, on one shape."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import itertools
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import triton
+from triton.testing import do_bench
+
+from triton_moe import MoEConfig
+from triton_moe.activations import is_gated
+from triton_moe.kernels.config import capability
+from triton_moe.kernels.hopper.launch import fits
+from triton_moe.products import TOLERANCE, Product, Shape, disagreement, products
+from triton_moe.kernels.tuning import PipelineConfig, TileConfig, configure, kind_of, table
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRODUCTS = {"up": "up", "down": "down", "dh": "dh", "dw": "dw1"}
+"""Kernel -> the product that it is timed on."""
+TILES = tuple(TileConfig(n, k, w, s) for n, k, w, s in itertools.product((64, 128), (32, 64), (4, 8), (3, 4)))
+PIPELINES = tuple(
+    PipelineConfig(stages, *registers) for stages in (3, 4) for registers in ((40, 232), (56, 224), (72, 216))
+)
+
+
+def request(
+    tokens: int, hidden_size: int, sizes: Sequence[tuple[int, int]], top_k: int, activation: str, precision: str
+) -> tuple[Shape, torch.dtype, torch.device]:
+    """What to search on. Raises ValueError if it is no layer, or there is no GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError("device: expected a CUDA device to tune for, got none")
+    if precision not in DTYPES:
+        raise ValueError(f"precision: expected one of {', '.join(DTYPES)}, got {precision!r}")
+    if tokens < 1:
+        raise ValueError(f"tokens: expected 1 or more, got {tokens}")
+    config = MoEConfig(sizes, top_k, hidden_size, activation=activation)
+    shape = Shape(tokens, hidden_size, config.layout, top_k, activation)
+    return shape, DTYPES[precision], torch.device("cuda", torch.cuda.current_device())
+
+
+def kernels_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """Kernel's name in the table -> product, as far as this shape and device run it."""
+    gated = ("up", "dh") if is_gated(shape.activation) else ()
+    names = {f"{kernel}_gated" if kernel in gated else kernel: product for kernel, product in PRODUCTS.items()}
+    if fits(shape.layout, shape.hidden_size, dtype, device):
+        names |= {f"hopper_{'up' if name == 'up_gated' else name}": product for name, product in names.items()}
+    return names
+
+
+def _milliseconds(product: Product) -> float:
+    times = do_bench(product.call, warmup=10, rep=50, return_mode="all")
+    assert isinstance(times, list)
+    return statistics.median(times)
+
+
+def search(
+    kernel: str, product: str, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[TileConfig | PipelineConfig, float | None]]:
+    """Each configuration and its milliseconds, None if it does not fit or is wrong. The one in force comes first, and
+    is in force again at the end."""
+    hopper, major_minor = kind_of(kernel) is PipelineConfig, capability(device)
+    made = products(shape, "hopper" if hopper else "triton", dtype, device)[product]
+    expected = products(shape, "triton", dtype, device)[product]
+    before = table().get((f"{major_minor[0]}.{major_minor[1]}", kernel)) or table()["any", kernel]
+    expected.call()
+    truth = [tensor.clone() for tensor in expected.result()]
+    try:
+        for config in dict.fromkeys((before, *(PIPELINES if hopper else TILES))):
+            configure(kernel, major_minor, config)
+            try:
+                right = disagreement(made, Product(lambda: None, lambda: truth, made.gemms)) < TOLERANCE
+                yield config, _milliseconds(made) if right else None
+            except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError):
+                yield config, None
+    finally:
+        configure(kernel, major_minor, before)
+
+
+def write_row(
+    path: Path, kernel: str, config: TileConfig | PipelineConfig, ms: float, shape: Shape, device: torch.device
+) -> None:
+    """Put a row into a table, in place of the one for the same kernel and compute capability."""
+    major, minor = capability(device)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [row for row in rows if (row["capability"], row["kernel"]) != (f"{major}.{minor}", kernel)]
+    rows.append(
+        {
+            "capability": f"{major}.{minor}",
+            "kernel": kernel,
+            "config": config._asdict(),
+            "case": f"T={shape.num_tokens} H={shape.hidden_size} S={shape.layout.total_width} "
+            f"E={shape.layout.num_experts} K={shape.top_k} {shape.activation}",
+            "ms": round(ms, 5),
+            "gpu": torch.cuda.get_device_name(device),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "commit": f"triton-moe {importlib.metadata.version('triton-variable-moe')}",
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        }
+    )
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
