@@ -1,4 +1,4 @@
-"""Each GEMM by itself, on the portable kernels and on Hopper's: time, TFLOP/s, and what that is of cuBLAS in the run.
+"""Each kernel by itself: time, TFLOP/s, and TB/s of what it must at least move, beside cuBLAS and a copy in that run.
 
     python benchmarks/bench_kernels.py
 
@@ -35,7 +35,7 @@ def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bo
     rows = []
     for name, portable in of_backend["triton"].items():
         calls = {"triton": portable.call}
-        for backend in backends[1:]:
+        for backend in backends[1:] if portable.gemms else ():
             off = disagreement(of_backend[backend][name], portable)
             if off < TOLERANCE:
                 calls[backend] = of_backend[backend][name].call
@@ -46,7 +46,8 @@ def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bo
                 {
                     "case": case.name, "kernel": name, "backend": backend,
                     "dtype": str(dtype).removeprefix("torch."), "ms": time.median, "spread_ms": time.spread,
-                    "tflops": portable.gemms * flops / time.median / 1e9,
+                    "tflops": portable.gemms * flops / time.median / 1e9 if portable.gemms else None,
+                    "TBps": portable.bytes / time.median / 1e9,
                 }
             )  # fmt: skip
     return rows
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row for case in cases for row in measure(case, dtype, device, args.quick)]
     append(path, [{**row, **machine} for row in rows])
     for row in rows:
-        print(" ".join(f"{text(row[column]):<20}" for column in ("case", "kernel", "backend", "ms", "tflops")))
+        print(" ".join(f"{text(row[column]):<20}" for column in ("case", "kernel", "backend", "ms", "tflops", "TBps")))
     print(", ".join(f"{name} {text(value)}" for name, value in machine.items()) + f". Rows: {path}")
     return int(len(rows) == 0)
 

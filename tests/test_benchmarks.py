@@ -14,6 +14,7 @@ import contestants
 import pytest
 import report
 import results
+import roofline
 import soak
 import stress
 import torch
@@ -41,7 +42,8 @@ def test_bench_host(tmp_path: Path) -> None:
     assert bench_host.main(["--quick", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path / "bench_host.csv")
     assert row["case"] == "quick_variable"
-    assert 0 < float(row["forward_ms"]) < float(row["step_ms"])
+    assert float(row["forward_ms"]) > 0
+    assert float(row["step_ms"]) > 0
     assert row["graph_step_ms"] == row["launches_step"] == ""
 
 
@@ -161,17 +163,28 @@ def test_accuracy_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_kernels(tmp_path: Path) -> None:
     assert bench_kernels.main(["--quick", "--cases", "quick_variable", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path / "bench_kernels.csv")
-    assert [row["kernel"] for row in rows] == ["up", "down", "dh", "dw2", "dw1", "dx"]
+    assert [row["kernel"] for row in rows] == ["up", "down", "dh", "dw2", "dw1", "dx", "scatter", "scatter_dx", "route"]
+    assert [row["kernel"] for row in rows if not row["tflops"]] == ["scatter", "scatter_dx", "route"]
     assert all(float(row["ms"]) > 0 for row in rows)
     assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
 
 
 def test_kernels_off_get_no_time() -> None:
     right, wrong = (
-        products.Product(lambda: None, lambda value=value: [torch.full((4,), value)], 1) for value in (1.0, 1.1)
+        products.Product(lambda: None, lambda value=value: [torch.full((4,), value)], 1, 4) for value in (1.0, 1.1)
     )
     assert products.disagreement(right, right) == 0
     assert products.disagreement(wrong, right) > products.TOLERANCE
+
+
+def test_roofline(tmp_path: Path) -> None:
+    row = {"case": "a", "kernel": "up", "backend": "hopper", "tflops": "500", "TBps": "1", "copy_TBps": "4"}
+    row |= {"cublas_8192_tflops": "700", "gpu": "a GPU", "date": "today", "commit": "abc"}
+    scatter = {**row, "kernel": "scatter", "backend": "triton", "tflops": "", "TBps": "3"}
+    roofline.draw([row, {**row, "kernel": "down", "backend": "triton"}, scatter], tmp_path / "deep" / "roofline.svg")
+    assert "scatter 75%" in (tmp_path / "deep" / "roofline.svg").read_text()
+    with pytest.raises(ValueError, match="rows: expected one"):
+        roofline.draw([scatter], tmp_path / "none.svg")
 
 
 def test_cold_start(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from triton_moe import tune
 from triton_moe.kernels import tuning
 from triton_moe.kernels.hopper.launch import fits
-from triton_moe.products import Shape
 from triton_moe.kernels.tuning import PipelineConfig, TileConfig
+from triton_moe.products import Shape
 
 SHAPE = Shape(256, 128, ExpertLayout.from_sizes([(2, 128), (2, 64)]), 2, "swiglu")
 

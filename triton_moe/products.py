@@ -1,4 +1,4 @@
-"""The GEMMs of a training step, each by itself, on operands of a given shape: for timing and for tuning."""
+"""The kernels of a training step, each by itself, on operands of a given shape: for timing and for tuning."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from triton_moe.activations import is_gated
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import route
+from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import ExpertLayout
 
 TOLERANCE = 0.02
@@ -20,12 +21,15 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Product:
-    """One product. `gemms`: how many of `2 T K H mean width` operations it stands for."""
+    """One kernel with its operands."""
 
     call: Callable[[], object]
     result: Callable[[], list[Tensor]]
     """What `call` filled, and it alone."""
     gemms: int
+    """How many of `2 T K H mean width` operations it stands for."""
+    bytes: int
+    """What it must at least read and write: each operand once."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Shape:
 
 
 def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
-    """up, down, dh, dw1 (and dw3), dw2, dx: the products of a training step.
+    """up, down, dh, dw1 (and dw3), dw2, dx: the products of a training step; its sums over a token's rows; the routing.
 
     Rows are routed at random with equal shares; weights lie as `MoEMLP` has them; numbers are at unit scale.
     """
@@ -68,16 +72,40 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
 
     both = [dw1] if dw3 is None else [dw1, dw3]
     up_t = None if w3 is None else w3.t()
+    sums: dict[str, Tensor] = {}
+    routed: list[Tensor] = []
+
+    def scatter(name: str, of: Tensor | None) -> Callable[[], None]:
+        return lambda: sums.update({name: scatter_fwd(y, of, routing)})
+
+    def route_again() -> None:
+        again = route(ids, layout, backend)
+        routed[:] = [again.counts, again.row_offsets]
+
+    # elements: of tokens, rows, weights, the activation (its pre-activation has `parts` times as many)
+    t, r, w, a = T * H, T * K * H, S * H, rows
+
+    def product(call: Callable[[], object], result: Callable[[], list[Tensor]], gemms: int, elements: int) -> Product:
+        return Product(call, result, gemms, elements * dtype.itemsize)
+
     return {
-        "up": Product(
+        "up": product(
             lambda: grouped_gemm_up_fwd(x, w1, w3, kept_act, kept_pre, routing, activation),
-            lambda: [kept_act, kept_pre], parts,
+            lambda: [kept_act, kept_pre], parts, t + parts * w + (parts + 1) * a,
         ),
-        "down": Product(lambda: grouped_gemm_down_fwd(act, w2, None, y, routing), lambda: [y], 1),
-        "dh": Product(dh, lambda: [*of_dh, dpre], 1),
-        "dw2": Product(lambda: grouped_gemm_dw(dout, act, dw2.t(), None, routing), lambda: [dw2], 1),
-        "dw1": Product(lambda: grouped_gemm_dw(x, pre, dw1, dw3, routing), lambda: both, parts),
-        "dx": Product(lambda: grouped_gemm_down_fwd(pre, w1.t(), up_t, dx_rows, routing), lambda: [dx_rows], parts),
+        "down": product(lambda: grouped_gemm_down_fwd(act, w2, None, y, routing), lambda: [y], 1, a + w + r),
+        "dh": product(dh, lambda: [*of_dh, dpre], 1, t + w + (2 * parts + 1) * a),
+        "dw2": product(lambda: grouped_gemm_dw(dout, act, dw2.t(), None, routing), lambda: [dw2], 1, t + a + w),
+        "dw1": product(
+            lambda: grouped_gemm_dw(x, pre, dw1, dw3, routing), lambda: both, parts, t + parts * (a + w)
+        ),
+        "dx": product(
+            lambda: grouped_gemm_down_fwd(pre, w1.t(), up_t, dx_rows, routing), lambda: [dx_rows], parts,
+            parts * (a + w) + r,
+        ),
+        "scatter": product(scatter("out", weights), lambda: [sums["out"]], 0, r + t),
+        "scatter_dx": product(scatter("dx", None), lambda: [sums["dx"]], 0, r + t),
+        "route": Product(route_again, lambda: routed, 0, 4 * 3 * T * K),
     }  # fmt: skip
 
 
