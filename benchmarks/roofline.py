@@ -2,7 +2,7 @@
 
     python benchmarks/roofline.py --case 128x256_top8
 
-Across: operations for each byte that a kernel must at least move. Up: TFLOP/s, under the ceilings of that run, cuBLAS on
+Across: operations for each byte that a kernel must at least move. Up: TFLOP/s, under that run's ceilings, cuBLAS on
 8192^3 and a copy on the device. The sums over a token's rows have hardly any operations: they are in the title, as a
 fraction of the copy.
 """
