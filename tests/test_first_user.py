@@ -1,0 +1,158 @@
+"""`MoEMLP` in the place of the first users' own layer: state dict, numbers, meta device, optimizers, training."""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from first_user import FirstUserMoE
+from triton_moe import MoEConfig, MoEMLP
+from triton_moe.testing import assert_within_budget, poison_empty
+
+H = 24
+LAYERS = {
+    "uniform": ([(6, 16)], 3),
+    "two widths": ([(3, 8), (3, 40)], 2),
+    "null experts": ([(4, 16), (2, 0)], 2),
+    "all of another width": ([(1, 9), (1, 11), (1, 13)], 2),
+    "a singleton among classes": ([(2, 16), (1, 5), (2, 40)], 2),
+}
+LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+layers = pytest.mark.parametrize(("sizes", "top_k"), list(LAYERS.values()), ids=list(LAYERS))
+activations = pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, fused=True),
+    "Muon": torch.optim.Muon,
+}
+
+
+def pair(sizes, top_k: int, activation: str, **changes) -> tuple[MoEMLP, FirstUserMoE]:
+    """Ours and theirs, with their weights."""
+    torch.manual_seed(0)
+    theirs = FirstUserMoE(sizes, top_k, H, activation)
+    ours = MoEMLP(MoEConfig(sizes, top_k, H, activation=activation, **changes))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 1) -> Tensor:
+    return torch.randn(*shape, H, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def step(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Everything that a layer returns, and every gradient of its output and its losses."""
+    x = x.detach().clone().requires_grad_()
+    out, aux, f = layer(x)
+    dout = tokens(*x.shape[:-1], dtype=x.dtype, device=str(x.device), seed=2)
+    loss = (out * dout).to(aux["router_z_loss"].dtype).sum()
+    (loss + sum((i + 1) * aux[name] for i, name in enumerate(LOSSES))).backward()
+    grads = {f"d{name}": parameter.grad for name, parameter in layer.named_parameters()}
+    return {key: value.detach() for key, value in {"out": out, **aux, "f": f, "dx": x.grad, **grads}.items()}  # type: ignore[union-attr]
+
+
+def check(ours: MoEMLP, theirs: FirstUserMoE, dtype: torch.dtype, device: str) -> None:
+    x = tokens(2, 13, dtype=dtype, device=device)
+    ours, plain, truth = ours.to(device, dtype), theirs.to(device, dtype), copy.deepcopy(theirs).to(device, dtype)
+    with poison_empty():
+        actual = step(ours, x)
+    expected, exact = step(plain, x), step(truth.double(), x.double())
+    assert_within_budget(actual, exact, expected, eps_dtype=dtype, name="MoEMLP")
+
+
+@layers
+@activations
+def test_state_dicts_are_exchanged_both_ways(sizes, top_k: int, activation: str) -> None:
+    ours, theirs = pair(sizes, top_k, activation)
+    state = ours.state_dict()
+    assert {name: value.shape for name, value in state.items()} == {
+        name: value.shape for name, value in theirs.state_dict().items()
+    }
+    other = FirstUserMoE(sizes, top_k, H, activation)
+    other.load_state_dict(state, strict=True)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+@layers
+@activations
+def test_numbers_on_the_kernels(sizes, top_k: int, activation: str, device: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    check(*pair(sizes, top_k, activation, backend="triton"), dtype, device)
+
+
+@layers
+@activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_in_plain_pytorch(sizes, top_k: int, activation: str, dtype: torch.dtype) -> None:
+    check(*pair(sizes, top_k, activation, backend="torch"), dtype, "cpu")
+
+
+def from_meta(config: MoEConfig) -> MoEMLP:
+    layer = MoEMLP(config, device="meta")
+    with poison_empty():
+        layer.to_empty(device="cpu")
+    layer.init_params()
+    layer._init_buffers()
+    return layer
+
+
+def test_meta_build_has_the_distribution_of_a_direct_one() -> None:
+    """For each expert by itself, so that none starts dead."""
+    config = MoEConfig([(3, 40), (3, 200)], 2, 160, activation="swiglu")
+    torch.manual_seed(0)
+    built = [MoEMLP(config), from_meta(config)]
+    for e in range(config.layout.num_experts):
+        own = config.layout.columns(e)
+        for name in ("w1", "w3", "w2"):
+            matrices = [getattr(layer, name)[own] if name == "w2" else getattr(layer, name)[:, own] for layer in built]
+            stds = [matrix.std().item() for matrix in matrices]
+            assert stds[0] > 0
+            assert stds[1] == pytest.approx(stds[0], rel=0.1), (name, e)
+            assert abs(matrices[1].mean().item()) < 0.1 * stds[0]
+    assert built[1].router.weight.std().item() == pytest.approx(built[0].router.weight.std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_parameter_moves_at_every_step(optimizer: str) -> None:
+    """Matrices all, with a gradient each step; two experts get no tokens."""
+    layer = from_meta(MoEConfig([(3, 8), (1, 16)], 1, H, activation="swiglu"))
+    with torch.no_grad():
+        layer.router.weight.zero_()[:2] = torch.stack([torch.ones(H), -torch.ones(H)])
+    optimize = OPTIMIZERS[optimizer](layer.parameters())
+    for _ in range(2):
+        before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+        out, aux, f = layer(tokens(2, 9))
+        assert f[2:].tolist() == [0, 0]
+        (out.square().mean() + sum(aux[name] for name in LOSSES)).backward()
+        assert all(p.dim() == 2 and p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+        optimize.step()
+        optimize.zero_grad()
+        for name, parameter in layer.named_parameters():
+            assert not torch.equal(parameter, before[name]), name
+
+
+@layers
+def test_trains_fifty_steps_from_a_meta_build(sizes, top_k: int) -> None:
+    """A layer learns what another one computes, every expert with it."""
+    torch.manual_seed(0)
+    layer, teacher = from_meta(MoEConfig(sizes, top_k, H)), nn.Linear(H, H)
+    start = copy.deepcopy(layer)
+    optimizer, losses = torch.optim.AdamW(layer.parameters(), lr=1e-2), []
+    used = torch.zeros(layer.layout.num_experts)
+    for i in range(50):
+        x = tokens(2, 32, seed=i)
+        out, aux, f = layer(x)
+        loss = (out - teacher(x).detach()).square().mean()
+        (loss + 0.05 * aux["load_balance_loss"] + 0.001 * aux["router_z_loss"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        used += f
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    for e, share in enumerate(used.tolist()):
+        own = layer.layout.columns(e)
+        assert share > 0, e
+        assert layer.layout.widths[e] == 0 or not torch.equal(layer.w2[own], start.w2[own]), e
