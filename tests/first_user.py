@@ -12,21 +12,31 @@ from torch import Tensor, nn
 
 
 class FirstUserMoE(nn.Module):
-    """Sigmoid router, weights packed over experts of several widths, three losses.
+    """Sigmoid router, weights packed over experts of several widths, three losses, SMEBU if it has a speed.
 
     In float64 everything is computed there: the truth of a comparison.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], top_k: int, hidden_size: int, activation: str) -> None:
+    expert_bias: Tensor
+    expert_bias_momentum: Tensor
+
+    def __init__(
+        self, sizes: Sequence[tuple[int, int]], top_k: int, hidden_size: int, activation: str, speed: float = 0.0,
+        kappa: float = 2.0, beta: float = 0.5,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.widths = [width for count, width in sizes for _ in range(count)]
         self.top_k, self.activation = top_k, activation
+        self.speed, self.kappa, self.beta = speed, kappa, beta
         S = sum(self.widths)
         self.router = nn.Linear(hidden_size, len(self.widths), bias=False)
         self.w1 = nn.Parameter(torch.empty(hidden_size, S))
         self.w2 = nn.Parameter(torch.empty(S, hidden_size))
         if activation == "swiglu":
             self.w3 = nn.Parameter(torch.empty(hidden_size, S))
+        if speed:
+            self.register_buffer("expert_bias", torch.zeros(len(self.widths)))
+            self.register_buffer("expert_bias_momentum", torch.zeros(len(self.widths)))
         self.init_params()
 
     @torch.no_grad()
@@ -39,7 +49,8 @@ class FirstUserMoE(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
         probs = logits.sigmoid()
-        topk_ids = probs.topk(self.top_k, dim=-1).indices
+        bias = self.expert_bias.clone() if self.speed else torch.zeros(len(self.widths), device=x.device)
+        topk_ids = (probs + bias).topk(self.top_k, dim=-1).indices
         topk_weights = probs.gather(-1, topk_ids)
         topk_weights = (topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)).to(x.dtype)
         out = self._experts(tokens, topk_weights, topk_ids)
@@ -51,7 +62,20 @@ class FirstUserMoE(nn.Module):
             "router_logits_abs_max": logits.detach().abs().max(),
             "router_logits_mean": logits.detach().mean(),
         }
+        if self.speed:
+            aux |= {"expert_bias_abs_max": bias.abs().max(), "expert_bias_abs_mean": bias.abs().mean()}
+            aux["expert_bias_vector"] = bias
+            if self.training:
+                self._move_bias(f * topk_ids.numel())
         return out.view(x.shape), aux, f.to(x.dtype)
+
+    @torch.no_grad()
+    def _move_bias(self, n: Tensor) -> None:
+        v = (n.mean() - n) / n.mean()
+        d = self.speed * torch.tanh(self.kappa * v)
+        d = d - d.mean()
+        self.expert_bias_momentum.copy_(self.beta * self.expert_bias_momentum + (1 - self.beta) * d)
+        self.expert_bias.add_(self.expert_bias_momentum)
 
     @property
     def _mean_width(self) -> float:

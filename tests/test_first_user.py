@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from first_user import FirstUserMoE
-from triton_moe import MoEConfig, MoEMLP
+from triton_moe import BiasBalancing, MoEConfig, MoEMLP
 from triton_moe.testing import assert_within_budget, poison_empty
 
 H = 24
@@ -21,6 +22,7 @@ LAYERS = {
 }
 LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
 layers = pytest.mark.parametrize(("sizes", "top_k"), list(LAYERS.values()), ids=list(LAYERS))
+biases = pytest.mark.parametrize("smebu", [False, True], ids=["", "smebu"])
 activations = pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
@@ -29,11 +31,16 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 }
 
 
-def pair(sizes, top_k: int, activation: str, **changes) -> tuple[MoEMLP, FirstUserMoE]:
-    """Ours and theirs, with their weights."""
+SMEBU: dict[str, Any] = {"speed": 0.05, "kappa": 3.0, "beta": 0.75}
+"""Fast enough that a few steps change the choice."""
+
+
+def pair(sizes, top_k: int, activation: str, smebu: bool = False, **changes) -> tuple[MoEMLP, FirstUserMoE]:
+    """Ours and theirs, with their weights; ours moves its bias where theirs does."""
     torch.manual_seed(0)
-    theirs = FirstUserMoE(sizes, top_k, H, activation)
-    ours = MoEMLP(MoEConfig(sizes, top_k, H, activation=activation, **changes))
+    theirs = FirstUserMoE(sizes, top_k, H, activation, **(SMEBU if smebu else {}))
+    balancing = BiasBalancing(**SMEBU, update_in_forward=True) if smebu else None
+    ours = MoEMLP(MoEConfig(sizes, top_k, H, activation=activation, balancing=balancing, **changes))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 
@@ -53,24 +60,45 @@ def step(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in {"out": out, **aux, "f": f, "dx": x.grad, **grads}.items()}  # type: ignore[union-attr]
 
 
+def cast(layer: FirstUserMoE, dtype: torch.dtype) -> FirstUserMoE:
+    """The parameters alone."""
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return layer
+
+
 def check(ours: MoEMLP, theirs: FirstUserMoE, dtype: torch.dtype, device: str) -> None:
-    x = tokens(2, 13, dtype=dtype, device=device)
-    ours, plain, truth = ours.to(device, dtype), theirs.to(device, dtype), copy.deepcopy(theirs).to(device, dtype)
-    with poison_empty():
-        actual = step(ours, x)
-    expected, exact = step(plain, x), step(truth.double(), x.double())
-    assert_within_budget(actual, exact, expected, eps_dtype=dtype, name="MoEMLP")
+    """Three steps: with a bias the later ones choose by what the earlier ones made of it."""
+    ours.to(device, dtype)
+    plain = cast(theirs.to(device), dtype)
+    truth = copy.deepcopy(plain).double()
+    for i in range(3):
+        x = tokens(2, 13, dtype=dtype, device=device, seed=i)
+        for layer in (ours, plain, truth):
+            layer.zero_grad()
+        with poison_empty():
+            actual = step(ours, x)
+        expected, exact = step(plain, x), step(truth, x.double())
+        exact |= {name: value.double() for name, value in exact.items()}
+        assert_within_budget(actual, exact, expected, eps_dtype=dtype, name="MoEMLP")
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
 
 
 @layers
 @activations
-def test_state_dicts_are_exchanged_both_ways(sizes, top_k: int, activation: str) -> None:
-    ours, theirs = pair(sizes, top_k, activation)
+@biases
+def test_state_dicts_are_exchanged_both_ways(sizes, top_k: int, activation: str, smebu: bool) -> None:
+    ours, theirs = pair(sizes, top_k, activation, smebu)
+    names = {"router.weight", "w1", "w2"} | ({"w3"} if activation == "swiglu" else set())
+    assert set(ours.state_dict()) == names | ({"expert_bias", "expert_bias_momentum"} if smebu else set())
+    theirs(tokens(2, 9))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
     state = ours.state_dict()
     assert {name: value.shape for name, value in state.items()} == {
         name: value.shape for name, value in theirs.state_dict().items()
     }
-    other = FirstUserMoE(sizes, top_k, H, activation)
+    other = FirstUserMoE(sizes, top_k, H, activation, **(SMEBU if smebu else {}))
     other.load_state_dict(state, strict=True)
     for name, value in theirs.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
@@ -78,16 +106,20 @@ def test_state_dicts_are_exchanged_both_ways(sizes, top_k: int, activation: str)
 
 @layers
 @activations
-def test_numbers_on_the_kernels(sizes, top_k: int, activation: str, device: str, dtype: torch.dtype) -> None:
+@biases
+def test_numbers_on_the_kernels(
+    sizes, top_k: int, activation: str, smebu: bool, device: str, dtype: torch.dtype
+) -> None:
     pytest.importorskip("triton")
-    check(*pair(sizes, top_k, activation, backend="triton"), dtype, device)
+    check(*pair(sizes, top_k, activation, smebu, backend="triton"), dtype, device)
 
 
 @layers
 @activations
+@biases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_numbers_in_plain_pytorch(sizes, top_k: int, activation: str, dtype: torch.dtype) -> None:
-    check(*pair(sizes, top_k, activation, backend="torch"), dtype, "cpu")
+def test_numbers_in_plain_pytorch(sizes, top_k: int, activation: str, smebu: bool, dtype: torch.dtype) -> None:
+    check(*pair(sizes, top_k, activation, smebu, backend="torch"), dtype, "cpu")
 
 
 def from_meta(config: MoEConfig) -> MoEMLP:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from triton_moe.activations import ACTIVATIONS, is_gated
+from triton_moe.balancing import METHODS
 from triton_moe.layout import ExpertLayout
 
 pytest.importorskip("triton")
@@ -74,9 +75,20 @@ def test_building_blocks(activation: str, device: str) -> None:
     opcheck(operators.grouped_gemm_down.default, (normal(routing.ragged_numel(), device=device), w2, *apart))
 
 
+def test_expert_bias(device: str) -> None:
+    bias, momentum = (normal(E, device=device, requires_grad=False) for _ in range(2))
+    counts, load = torch.tensor([3, 1, 0, 4], device=device), torch.rand(E, device=device)
+    operators = torch.ops.triton_moe
+    opcheck(operators.keep_bias.default, (bias.clone(), bias))
+    opcheck(operators.count_choices.default, (counts, load, T * K))
+    for method in METHODS:
+        opcheck(operators.move_bias_in_forward.default, (bias, momentum, counts, method, 0.1, 2.0, 0.5))
+
+
 def test_every_operator_is_checked() -> None:
     """Those with a backward are above, and opcheck runs their backward operators."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("triton_moe::")}
     forward = {"route", "gather", "scatter", "grouped_gemm_up", "grouped_gemm_down", "moe_mlp", "route_tokens"}
     backward = {f"{name}_backward" for name in forward - {"route"}}
-    assert names == {f"triton_moe::{name}" for name in forward | backward}
+    of_balancing = {"keep_bias", "count_choices", "move_bias_in_forward"}
+    assert names == {f"triton_moe::{name}" for name in forward | backward | of_balancing}

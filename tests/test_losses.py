@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from triton_moe.layout import ExpertLayout
-from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, router_z_loss
+from triton_moe.losses import (
+    compute_loss,
+    load_balance_loss,
+    mean_over_tokens,
+    router_z_loss,
+    sequence_load_balance_loss,
+)
 
 SIZES = {
     "uniform": [(6, 32)],
@@ -48,6 +54,34 @@ def test_load_balance_loss_is_its_definition(layout):
     assert load_balance_loss(probs, f, layout).item() == pytest.approx(expected, rel=1e-12)
 
 
+def _choices(layout, T, K=2):
+    return torch.rand(T, layout.num_experts, generator=torch.Generator().manual_seed(1)).topk(K).indices
+
+
+@layouts
+@pytest.mark.parametrize("sequence_length", [1, 4, 12])
+def test_sequence_load_balance_loss_is_its_definition(layout, sequence_length):
+    if layout.num_experts < 2:
+        layout = ExpertLayout((32, 32))
+    (probs, _), ids = _scores(layout, T=12), _choices(layout, 12)
+    losses = []
+    for first in range(0, 12, sequence_length):
+        own = ids[first : first + sequence_length].flatten().tolist()
+        f = [own.count(e) / len(own) for e in range(layout.num_experts)]
+        rows = probs[first : first + sequence_length].tolist()
+        losses.append(_load_balance_by_definition(rows, f, layout.widths))
+    for dtype in (torch.int32, torch.int64):
+        loss = sequence_load_balance_loss(probs, ids.to(dtype), sequence_length, layout)
+        assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+
+
+def test_sequence_load_balance_loss_without_tokens():
+    layout, weight = ExpertLayout((8, 8)), torch.ones((), requires_grad=True)
+    loss = sequence_load_balance_loss(torch.zeros(0, 2) * weight, torch.zeros(0, 1).long(), 4, layout)
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, weight)[0].item() == 0
+
+
 @layouts
 def test_compute_loss_is_its_definition(layout):
     probs, _ = _scores(layout)
@@ -88,6 +122,8 @@ def test_gradients(layout):
     assert torch.autograd.gradcheck(lambda p: load_balance_loss(p, f, layout), probs)
     assert torch.autograd.gradcheck(lambda p: compute_loss(p, layout), probs)
     assert torch.autograd.gradcheck(router_z_loss, probs)
+    ids = _choices(layout, 3, K=1)
+    assert torch.autograd.gradcheck(lambda p: sequence_load_balance_loss(p, ids, 1, layout), probs)
 
 
 def test_no_gradient_reaches_f():

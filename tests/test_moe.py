@@ -97,6 +97,8 @@ class TestConfig:
             ({"router": "noisy"}, "router: expected one of sigmoid, softmax, got 'noisy'"),
             ({"normalize_weights": 1}, "normalize_weights: expected one of True, False, got 1"),
             ({"aux_losses": None}, "aux_losses: expected one of True, False, got None"),
+            ({"load_balance": "token"}, "load_balance: expected one of batch, sequence, got 'token'"),
+            ({"balancing": "smebu"}, "balancing: expected a BiasBalancing or None, got 'smebu'"),
             ({"backend": "cuda"}, "backend: expected one of auto, hopper, triton, torch, got 'cuda'"),
         ],
     )
@@ -201,6 +203,18 @@ class TestForward:
         torch.testing.assert_close(aux["compute_loss"], compute_loss(routed.probs, layer.layout))
         torch.testing.assert_close(aux["router_logits_abs_max"], routed.logits.abs().max())
         torch.testing.assert_close(aux["router_logits_mean"], routed.logits.mean())
+
+    @pytest.mark.parametrize("shape", [(3, 5), (5,), ()])
+    def test_load_balance_by_sequence(self, shape):
+        """Of x (B, L, H) each row; tokens without a batch are one sequence."""
+        layer, x = _layer(load_balance="sequence"), _input(*shape)
+        _, aux, _ = layer(x)
+        sequences = x.view(-1, *x.shape[-2:]) if x.dim() > 1 else x.view(1, 1, H)
+        expected = [_layer()(sequence)[1]["load_balance_loss"] for sequence in sequences]
+        torch.testing.assert_close(aux["load_balance_loss"], torch.stack(expected).mean())
+        others = _layer()(x)[1]
+        for name in set(others) - {"load_balance_loss"}:
+            assert torch.equal(aux[name], others[name]), name
 
     def test_null_experts_are_counted_in_f(self):
         layer = _layer(num_active_experts=1)

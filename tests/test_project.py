@@ -24,6 +24,7 @@ MUST_NOT_IMPORT = {
     "layout.py": r"triton\b|triton_moe\b",
     "torch_backend.py": r"triton\b|triton_moe(?!\.(activations|layout)\b)",
     "moe.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops)\b",
+    "balancing.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|moe|router)\b",
     "router.py": r"triton\b|triton_moe\.(cli|train|testing|kernels)\b",
     "losses.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops)\b",
     "functional.py": r"torch\.nn\b(?!\.functional)|triton_moe\.(cli|train|testing|moe|router|losses)\b",

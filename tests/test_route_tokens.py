@@ -35,7 +35,7 @@ def by_definition(
     losses = router_z_loss(logits), load_balance_loss(probs, f, layout), compute_loss(probs, layout)
     zero = logits.new_zeros(())
     largest, mean = (logits.abs().max(), logits.mean()) if logits.numel() else (zero, zero)
-    return RouterOutput(weights.to(x.dtype), topk_ids, f.to(x.dtype), *losses, largest.detach(), mean.detach())
+    return RouterOutput(weights.to(x.dtype), topk_ids, f.to(x.dtype), f, *losses, largest.detach(), mean.detach())
 
 
 def forward_backward(function: Any, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -123,8 +123,9 @@ def test_without_aux_losses_they_are_zero(device: str) -> None:
     whole = route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, backend="triton")
     routed = route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, aux_losses=False, backend="triton")
     assert all(torch.equal(getattr(routed, name), getattr(whole, name)) for name in ("topk_weights", "topk_ids", "f"))
-    assert not any(routed[3:])
-    assert any(whole[3:])
+    names = (*LOSSES, "router_logits_abs_max", "router_logits_mean")
+    assert not any(getattr(routed, name) for name in names)
+    assert all(getattr(whole, name) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,7 @@ def test_without_aux_losses_they_are_zero(device: str) -> None:
         ({"num_active_experts": 0}, f"num_active_experts: expected 1 <= K <= E = {E}, got 0"),
         ({"num_active_experts": E + 1}, f"num_active_experts: expected 1 <= K <= E = {E}, got {E + 1}"),
         ({"layout": (8, 8)}, "layout: expected an ExpertLayout, got tuple"),
+        ({"sequence_length": 2}, "sequence_length: expected a divisor of T = 3, got 2"),
         ({"router": "tanh"}, "router: expected one of sigmoid, softmax, got 'tanh'"),
         ({"backend": "cuda"}, "backend: expected one of auto, hopper, triton, torch, got 'cuda'"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triton_moe import MoEConfig, MoEMLP
+from triton_moe import BiasBalancing, MoEConfig, MoEMLP
 from triton_moe.testing import assert_within_budget
 from triton_moe.train.config import TrainConfig
 from triton_moe.train.gpt import GPT
@@ -49,13 +49,29 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"activation": "gelu", "aux_losses": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recompute": True},
+        {"activation": "gelu", "aux_losses": False},
+        {"balancing": BiasBalancing()},
+        {"balancing": BiasBalancing(update_in_forward=True)},
+        {"load_balance": "sequence"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_one_graph(dynamic: bool, changes: dict, device: str) -> None:
     layer = layer_on(device, **changes)
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
-    x = torch.randn(9, H, device=device)
-    assert_same(step(layer, compiled, x), step(layer, layer, x))
+    x = torch.randn(3, 5, H, device=device)
+    compiled_step = step(layer, compiled, x)
+    state = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    layer._init_buffers()
+    assert_same(compiled_step, step(layer, layer, x))
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(state[name], buffer)
 
 
 def test_a_new_batch_size_compiles_nothing(device: str) -> None:

@@ -35,6 +35,21 @@ def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout) -> Tensor:
     return (rivals * f.detach() * mean_over_tokens(probs)).sum() / max(num_classes, 1)
 
 
+def sequence_load_balance_loss(probs: Tensor, topk_ids: Tensor, sequence_length: int, layout: ExpertLayout) -> Tensor:
+    """`load_balance_loss` of each sequence by itself, averaged over them (as DeepSeek-V3, arXiv:2412.19437, eq. 17).
+
+    Args:
+        probs: `(T, E)`, sequences of `sequence_length` tokens one after another.
+        topk_ids: `(T, K)` integers, all of them experts.
+    """
+    num_experts, num_sequences = layout.num_experts, probs.shape[0] // max(sequence_length, 1)
+    ids = topk_ids.long().reshape(num_sequences, sequence_length * topk_ids.shape[1])
+    counts = probs.new_zeros(num_sequences, num_experts).scatter_add_(1, ids, torch.ones_like(ids, dtype=probs.dtype))
+    f = counts / max(ids.shape[1], 1)
+    p = probs.view(num_sequences, sequence_length, num_experts).sum(1) / max(sequence_length, 1)
+    return load_balance_loss((f * p).sum(0) / max(num_sequences, 1), probs.new_ones(num_experts), layout)
+
+
 def compute_loss(probs: Tensor, layout: ExpertLayout) -> Tensor:
     """What the choice costs: `mean_t(probs @ widths / mean width)`, mean width `S / E`. 1 if all scores are `1 / E`."""
     return (_table(layout.widths, probs) * mean_over_tokens(probs)).sum() * (layout.num_experts / layout.total_width)

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
+from triton_moe.balancing import BiasBalanced, BiasBalancing
 from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype, moe_mlp
 from triton_moe.layout import ExpertLayout
 from triton_moe.router import ROUTERS, route_tokens
+
+LOAD_BALANCE = ("batch", "sequence")
+"""What a load-balance loss is taken over: all tokens at once, or each sequence, averaged."""
 
 
 def _check_positive_int(value: object, argument: str) -> None:
@@ -56,6 +60,10 @@ class MoEConfig:
     """One of `triton_moe.functional.ACTIVATION_MEMORY`; see `moe_mlp`."""
     recompute: bool = False
     """Whether backward computes the pre-activation once more instead of keeping it."""
+    load_balance: str = "batch"
+    """One of `LOAD_BALANCE`; a sequence is L tokens of `x (..., L, H)`."""
+    balancing: BiasBalancing | None = None
+    """How a bias on the scores balances the experts (see `balancing.py`); None: there is no bias."""
     n_embd: InitVar[int | None] = None
     """Another name for `hidden_size`, when building only: read `hidden_size`."""
 
@@ -83,6 +91,9 @@ class MoEConfig:
         _check_choice(self.router, "router", ROUTERS)
         _check_choice(self.normalize_weights, "normalize_weights", (True, False))
         _check_choice(self.aux_losses, "aux_losses", (True, False))
+        _check_choice(self.load_balance, "load_balance", LOAD_BALANCE)
+        if self.balancing is not None and not isinstance(self.balancing, BiasBalancing):
+            raise ValueError(f"balancing: expected a BiasBalancing or None, got {self.balancing!r}")
         _check_choice(self.backend, "backend", BACKENDS)
         _check_choice(self.activation_memory, "activation_memory", ACTIVATION_MEMORY)
         _check_choice(self.recompute, "recompute", (True, False))
@@ -93,15 +104,21 @@ class MoEConfig:
 
 
 AUX = ("router_z_loss", "load_balance_loss", "compute_loss", "router_logits_abs_max", "router_logits_mean")
-"""Keys of the second thing that a layer returns."""
+"""Keys of the second thing that a layer returns; with balancing `AUX_OF_BIAS` too."""
+AUX_OF_BIAS = ("expert_bias_abs_max", "expert_bias_abs_mean", "expert_bias_vector")
 
 
-class MoEMLP(nn.Module):
+def _sequence_length(x: Tensor) -> int:
+    return max(x.shape[-2], 1) if x.dim() > 1 else 1
+
+
+class MoEMLP(BiasBalanced):
     """A mixture-of-experts MLP whose experts may have any width.
 
     Parameters, all 2-D, each with a gradient at every step: `router.weight (E, H)`; `w1 (H, S)`; `w2 (S, H)`; for gated
     activations only `w3 (H, S)`, w1 being the gate. Expert e owns the columns `layout.columns(e)` of w1 and w3 and the
-    same rows of w2. Nothing else is in the state dict.
+    same rows of w2. Nothing else is in the state dict, but with balancing the buffers `expert_bias` and
+    `expert_bias_momentum`, `(E)` fp32.
 
     A model built on the meta device becomes real by `to_empty`, then `init_params()` and `_init_buffers()`.
     """
@@ -123,6 +140,7 @@ class MoEMLP(nn.Module):
         self.w1 = empty(H, S)
         self.w2 = empty(S, H)
         self.register_parameter("w3", empty(H, S) if is_gated(config.activation) else None)
+        self._register_expert_bias(config.balancing, self.layout.num_experts, device)
         self.init_params()
 
     @torch.no_grad()
@@ -143,16 +161,15 @@ class MoEMLP(nn.Module):
         """PyTorch's name for `init_params`."""
         self.init_params()
 
-    def _init_buffers(self) -> None:
-        """Rebuild what `to_empty` lost beside the parameters: nothing, as this layer has no buffers."""
-
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """`x (..., H)`, in the weights' dtype (under autocast in any) -> `(out, aux, f_i)`.
 
         Returns:
             out: x's shape and dtype, under autocast its dtype.
             aux: fp32 scalars, always these. Differentiable: `router_z_loss`, `load_balance_loss`, `compute_loss` (see
-                `losses.py`). Detached: `router_logits_abs_max`, `router_logits_mean`. All are 0 without tokens.
+                `losses.py`). Detached: `router_logits_abs_max`, `router_logits_mean`. All are 0 without tokens. With
+                balancing, detached: `expert_bias_abs_max`, `expert_bias_abs_mean` and `expert_bias_vector (E)`, of the
+                bias that the experts were chosen by.
             f_i: `(E)` in x's dtype, the fraction of the T*K slots that went to each expert.
 
         Raises:
@@ -161,16 +178,20 @@ class MoEMLP(nn.Module):
         self._check_input(x)
         config = self.config
         tokens = (x if x.dim() == 2 else x.reshape(-1, config.hidden_size)).to(matmul_dtype(x))
+        bias = self.choice_bias()
         routed = route_tokens(
             tokens,
             self.router.weight,
+            bias,
             layout=self.layout,
             num_active_experts=config.num_active_experts,
             router=config.router,
             normalize_weights=config.normalize_weights,
             aux_losses=config.aux_losses,
+            sequence_length=_sequence_length(x) if config.load_balance == "sequence" else None,
             backend=config.backend,
         )
+        self.count_choices(routed.load, routed.topk_ids.numel())
         out = moe_mlp(
             tokens,
             routed.topk_weights,
@@ -185,6 +206,9 @@ class MoEMLP(nn.Module):
             recompute=config.recompute,
         )
         aux = {name: getattr(routed, name) for name in AUX}
+        if bias is not None:
+            size = bias.abs()
+            aux |= zip(AUX_OF_BIAS, (size.amax(), size.mean(), bias.clone()), strict=True)
         return out if x.dim() == 2 else out.view(x.shape), aux, routed.f.to(x.dtype)
 
     def _check_input(self, x: Tensor) -> None:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from triton_moe.functional import check_router_input, runs_kernels
 from triton_moe.layout import ExpertLayout
-from triton_moe.losses import compute_loss, load_balance_loss, mean_over_tokens, router_z_loss
+from triton_moe.losses import (
+    compute_loss,
+    load_balance_loss,
+    mean_over_tokens,
+    router_z_loss,
+    sequence_load_balance_loss,
+)
 
 ROUTERS = ("sigmoid", "softmax")
 """How logits become scores: each expert on its own, or all experts against each other."""
@@ -42,6 +48,8 @@ class RouterOutput(NamedTuple):
     """(T, K) int32 or int64, distinct within a token"""
     f: Tensor
     """(E) x's dtype: the fraction of the T*K slots that went to each expert; no gradient"""
+    load: Tensor
+    """(E) fp32 (fp64 if x is): the same before it was rounded"""
     router_z_loss: Tensor
     load_balance_loss: Tensor
     compute_loss: Tensor
@@ -117,7 +125,7 @@ def choose_experts(
 
 def _route_tokens(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: ExpertLayout, num_active_experts: int, router: str,
-    normalize_weights: bool, aux_losses: bool,
+    normalize_weights: bool, aux_losses: bool, sequence_length: int | None = None,
 ) -> RouterOutput:  # fmt: skip
     """`route_tokens` in PyTorch's operators."""
     logits, probs, topk_weights, topk_ids = choose_experts(
@@ -129,10 +137,13 @@ def _route_tokens(
     raw, p = logits.detach(), mean_over_tokens(probs)
     losses, statistics = (raw.new_zeros(()),) * 3, (raw.new_zeros(()),) * 2
     if aux_losses:
-        losses = router_z_loss(logits), load_balance_loss(p, f, layout), compute_loss(p, layout)
+        balance = load_balance_loss(p, f, layout)
+        if sequence_length is not None:
+            balance = sequence_load_balance_loss(probs, topk_ids, sequence_length, layout)
+        losses = router_z_loss(logits), balance, compute_loss(p, layout)
     if aux_losses and raw.numel():
         statistics = torch.linalg.vector_norm(raw, torch.inf), raw.mean()
-    return RouterOutput(topk_weights, topk_ids, f.to(x.dtype), *losses, *statistics)
+    return RouterOutput(topk_weights, topk_ids, f.to(x.dtype), f, *losses, *statistics)
 
 
 def route_tokens(
@@ -145,6 +156,7 @@ def route_tokens(
     router: str = "sigmoid",
     normalize_weights: bool = True,
     aux_losses: bool = True,
+    sequence_length: int | None = None,
     backend: str = "auto",
 ) -> RouterOutput:
     """Choose the K = `num_active_experts` highest-scoring experts of every token and weigh them by their scores.
@@ -158,10 +170,11 @@ def route_tokens(
         router: one of `ROUTERS`.
         normalize_weights: divide a token's K weights by their sum + 1e-20.
         aux_losses: whether the losses (see `losses.py`) and the logits' statistics are computed.
+        sequence_length: the load-balance loss is that of each so many tokens, averaged; None: of all tokens at once.
         backend: as in `moe_mlp`.
 
     Differentiable in x and weight. Among equal scores the kernel chooses the lowest id, PyTorch (more than 512 experts,
-    the CPU) what `torch.topk` does there; NaN counts as the highest score.
+    a sequence_length, the CPU) what `torch.topk` does there; NaN counts as the highest score.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
@@ -169,8 +182,12 @@ def route_tokens(
     check_router_input(x, weight, bias, layout, num_active_experts)
     if router not in ROUTERS:
         raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
-    if runs_kernels(x.device, x.dtype, backend) and layout.num_experts <= _MAX_FUSED_EXPERTS:
+    if sequence_length is not None and (sequence_length < 1 or x.shape[0] % sequence_length):
+        raise ValueError(f"sequence_length: expected a divisor of T = {x.shape[0]}, got {sequence_length}")
+    options = (layout, num_active_experts, router, normalize_weights, aux_losses)
+    fused = sequence_length is None and layout.num_experts <= _MAX_FUSED_EXPERTS
+    if runs_kernels(x.device, x.dtype, backend) and fused:
         from triton_moe.ops.router import route_tokens as run
-    else:
-        run = _route_tokens
-    return RouterOutput(*run(x, weight, bias, layout, num_active_experts, router, normalize_weights, aux_losses))
+
+        return RouterOutput(*run(x, weight, bias, *options))
+    return _route_tokens(x, weight, bias, *options, sequence_length)

@@ -113,7 +113,7 @@ def route_tokens(
     normalize_weights: bool, aux_losses: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`triton_moe.router.route_tokens` on checked arguments: the fields of its result."""
-    *routed, summary, _ = _route_tokens(
+    weights, ids, f, *losses, summary, _ = _route_tokens(
         x, weight, bias, layout.widths, num_active_experts, router == "softmax", normalize_weights, aux_losses
     )
-    return *routed, summary[-2], summary[-1]
+    return weights, ids, f, summary[:-2], *losses, summary[-2], summary[-1]
