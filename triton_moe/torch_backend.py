@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from triton_moe.activations import GATE_ACTIVATION
 from triton_moe.layout import RAGGED_ALIGNMENT, ROW_ALIGNMENT, ExpertLayout, Routing, row_stride
 
-_ACTIVATION = {
+ACTIVATION = {
     "relu_squared": lambda z: F.relu(z).square(),
     "relu": F.relu,
     "gelu": F.gelu,
@@ -89,7 +89,7 @@ def grouped_gemm_up(
     x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing, activation: str = "relu_squared"
 ) -> Tensor:
     """`act(x w1_e)`, gated `act(x w1_e) * (x w3_e)`, of the rows of each expert, as a ragged buffer."""
-    act = _ACTIVATION[GATE_ACTIVATION.get(activation, activation)]
+    act = ACTIVATION[GATE_ACTIVATION.get(activation, activation)]
     widths = list(routing.layout.widths)
     rows = gather(x, routing=routing).split(_rows_per_expert(routing))
     blocks = [act(x_e @ w1_e) for x_e, w1_e in zip(rows, w1.split(widths, dim=1), strict=False)]

@@ -1,0 +1,258 @@
+"""`reference/`: the block-sparse baseline is right, and wrong exactly where its historical error made it so."""
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import triton_moe
+from reference import block_sparse
+from reference.moe import MoEMLP, padded_rows
+from reference.stk_moe import StkMoEMLP
+from reference.topology_var import Topology, enough_bits, historical_bits, variable_topology
+from triton_moe import ExpertLayout, MoEConfig
+from triton_moe import reference as oracle
+
+CONFIGS = {
+    "one width": MoEConfig([(4, 8)], 2, 12, block_size=4),
+    "widths, gated": MoEConfig([(2, 12), (3, 4), (1, 8)], 2, 10, block_size=4, activation="swiglu"),
+    "null experts": MoEConfig([(2, 8), (2, 0), (1, 4)], 3, 6, block_size=2, activation="geglu_tanh"),
+    "K = E": MoEConfig([(1, 6), (1, 3)], 2, 5, block_size=3, activation="gelu", normalize_weights=False),
+}
+WIDE = MoEConfig([(2, 16), (2, 8)], 2, 12, block_size=4)
+"""Experts of several blocks: 12 block columns, which ceil(log2(4)) = 2 bits do not tell apart."""
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> MoEConfig:
+    return CONFIGS[request.param]
+
+
+def layers(config: MoEConfig, historical: bool = False) -> tuple[MoEMLP, triton_moe.MoEMLP]:
+    """The reference and ours, in fp64 and on the same weights."""
+    torch.manual_seed(0)
+    theirs = MoEMLP(config, historical=historical, dtype=torch.float64)
+    ours = triton_moe.MoEMLP(config, dtype=torch.float64)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def outcome(layer: triton_moe.MoEMLP, num_tokens: int = 13) -> dict[str, Tensor]:
+    """Output, losses and every gradient for tokens that are always the same."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (num_tokens, layer.config.hidden_size)
+    x, dout = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    x.requires_grad_()
+    out, aux, f = layer(x)
+    torch.autograd.backward((out, aux["load_balance_loss"]), (dout, None))
+    grads = {name: weight.grad for name, weight in layer.named_parameters()}
+    assert x.grad is not None
+    found = {"out": out.detach(), "f": f, "x": x.grad, **aux}
+    return found | {name: grad for name, grad in grads.items() if grad is not None}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach() - expected.detach()).norm() / expected.detach().norm())
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def dense(blocks: Tensor, topology: Topology) -> Tensor:
+    """The block-sparse matrix with its zeros."""
+    b = topology.block_size
+    matrix = blocks.new_zeros(topology.shape)
+    for block, row, column in zip(blocks, topology.row_indices, topology.column_indices, strict=True):
+        matrix[row * b : (row + 1) * b, column * b : (column + 1) * b] = block
+    return matrix
+
+
+class TestTopology:
+    def test_the_example(self) -> None:
+        topology = variable_topology(torch.tensor([1, 2]), ExpertLayout((8, 4)), 4)
+        expected = Topology((12, 12), 4, *map(torch.tensor, (
+            [0, 0, 1, 2], [0, 1, 2, 2], [0, 2, 3, 4], [0, 0, 1, 2], [0, 1, 2, 4], [0, 1, 2, 3],
+        )))  # fmt: skip
+        assert topology.shape == expected.shape
+        for field in dataclasses.fields(Topology)[2:]:
+            assert getattr(topology, field.name).tolist() == getattr(expected, field.name).tolist(), field.name
+            assert getattr(topology, field.name).dtype == torch.int32
+
+    def test_the_transposed_order_walks_the_columns(self) -> None:
+        topology = variable_topology(torch.tensor([2, 0, 3, 1, 2]), ExpertLayout((8, 4, 0, 12, 4)), 4)
+        order = topology.block_offsets_t.long()
+        assert topology.column_indices[order].tolist() == sorted(topology.column_indices.tolist())
+        assert topology.column_indices_t.tolist() == topology.row_indices[order].tolist()
+        counts = torch.bincount(topology.column_indices, minlength=7)
+        assert topology.offsets_t.diff().tolist() == counts.tolist()
+
+    @pytest.mark.parametrize(("columns", "bits"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (256, 8), (257, 9)])
+    def test_bits(self, columns: int, bits: int) -> None:
+        assert enough_bits(columns) == historical_bits(columns) == bits
+
+    def test_too_few_bits_mix_columns(self) -> None:
+        rows, layout = torch.tensor([1, 1, 1, 1]), ExpertLayout((8, 8, 8, 8))
+        right = variable_topology(rows, layout, 4)
+        wrong = variable_topology(rows, layout, 4, sort_bits=historical_bits(4))
+        assert wrong.block_offsets_t.tolist() != right.block_offsets_t.tolist()
+        for field in ("row_indices", "column_indices", "offsets", "offsets_t"):
+            assert getattr(wrong, field).tolist() == getattr(right, field).tolist()
+
+    def test_widths_off_the_blocks_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"widths\[1\]: expected a multiple of block_size = 4, got 6"):
+            variable_topology(torch.tensor([1, 1]), ExpertLayout((8, 6)), 4)
+        with pytest.raises(ValueError, match=r"widths\[0\]: expected a multiple of block_size = 128, got 500"):
+            MoEMLP(MoEConfig([(2, 500)], 1, 128))
+
+
+def test_products_are_those_of_dense_matrices() -> None:
+    topology = variable_topology(torch.tensor([2, 0, 1]), ExpertLayout((8, 4, 12)), 4)
+    P, S = topology.shape
+    a, up, down, dout = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((P, 5), (5, S), (S, 7), (P, 7))
+    )
+    mask = dense(torch.ones(topology.row_indices.numel(), 4, 4, dtype=torch.float64), topology)
+    expected = (a @ up * mask) @ down
+    blocks = block_sparse.sdd(a, up, topology)
+    actual = block_sparse.dsd(blocks, down, topology)
+    torch.testing.assert_close(dense(blocks, topology), a @ up * mask)
+    torch.testing.assert_close(actual, expected)
+    leaves = (a, up, down)
+    pairs = zip(*(torch.autograd.grad(out, leaves, dout) for out in (actual, expected)), strict=True)
+    for actual_grad, expected_grad in pairs:
+        torch.testing.assert_close(actual_grad, expected_grad)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 13])
+def test_the_reference_is_the_layer(config: MoEConfig, num_tokens: int) -> None:
+    theirs, ours = layers(config)
+    assert_same(outcome(theirs, num_tokens), outcome(ours, num_tokens))
+
+
+def test_shapes_and_state_dict_are_the_layers() -> None:
+    theirs, ours = layers(CONFIGS["widths, gated"])
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    x = torch.randn(2, 3, 10, dtype=torch.float64)
+    assert theirs(x)[0].shape == x.shape
+    with pytest.raises(ValueError, match=r"x: expected shape \(..., 10\)"):
+        theirs(x[..., :4])
+
+
+def test_intermediates_are_the_oracles(config: MoEConfig) -> None:
+    theirs, _ = layers(config)
+    x = torch.randn(9, config.hidden_size, dtype=torch.float64)
+    stages = theirs.forward_with_intermediates(x)
+    weights, ids = stages["top_k_weights"], stages["selected_experts"]
+    assert isinstance(weights, Tensor)
+    assert isinstance(ids, Tensor)
+    routing = oracle.route(ids, config.layout)
+    pre = oracle.pre_activation(x, theirs.w1, theirs.w3, routing=routing)
+    act = oracle.activation(pre, routing=routing, activation=config.activation)
+    down = oracle.grouped_gemm_down(act, theirs.w2, routing=routing)
+    products = [stages[name] for name in ("x_after_gate", "x_after_up") if name in stages]
+    assert len(products) == (1 if theirs.w3 is None else 2)
+    torch.testing.assert_close(stages["router_logits"], x @ theirs.router.weight.t())
+    torch.testing.assert_close(stages["tokens_per_expert"], routing.counts.long())
+    torch.testing.assert_close(stages["output"], oracle.scatter(down, weights, routing=routing))
+    for e, width in enumerate(config.layout.widths):
+        if not width:
+            continue  # it has rows here, and none in the oracle
+        rows = slice(*routing.row_offsets[e : e + 2].tolist())
+        gathered = theirs.expert_rows(stages["x_gathered"], stages, e)  # type: ignore[arg-type]
+        torch.testing.assert_close(gathered, oracle.gather(x, routing=routing)[rows])
+        torch.testing.assert_close(theirs.expert_rows(stages["x_after_down"], stages, e), down[rows])  # type: ignore
+        for part, product in enumerate(products):
+            expected = routing.ragged_block(pre, e, part, len(products))
+            torch.testing.assert_close(theirs.expert_block(product, stages, e), expected)  # type: ignore[arg-type]
+        actual = theirs.expert_block(stages["x_after_activation"], stages, e)  # type: ignore[arg-type]
+        torch.testing.assert_close(actual, routing.ragged_block(act, e))
+
+
+def test_intermediates_are_of_one_graph() -> None:
+    theirs, _ = layers(CONFIGS["widths, gated"])
+    stages = theirs.forward_with_intermediates(torch.randn(9, 10, dtype=torch.float64, requires_grad=True))
+    names = ("router_logits", "x_gathered", "x_after_gate", "x_after_up", "x_after_activation", "x_after_down")
+    chosen = [stages[name] for name in names]
+    out = stages["output"]
+    assert isinstance(out, Tensor)
+    for name, grad in zip(names, torch.autograd.grad(out.square().sum(), chosen), strict=True):  # type: ignore[arg-type]
+        assert grad.abs().sum() > 0, name
+
+
+def test_padding_is_zero_and_rows_fill_blocks() -> None:
+    ids = torch.tensor([[0, 2], [2, 0], [2, 3]])
+    rows = padded_rows(ids, 4, 2)
+    assert rows.tokens_per_expert.tolist() == [2, 0, 3, 1]
+    assert rows.block_rows.tolist() == [1, 0, 2, 1]
+    assert rows.row_to_token.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert rows.slot_to_row.tolist() == [[0, 2], [3, 1], [4, 6]]
+
+
+class TestHistorical:
+    def test_the_weights_gradients_alone_are_garbage(self) -> None:
+        wrong, ours = layers(WIDE, historical=True)
+        actual, expected = outcome(wrong, 64), outcome(ours, 64)
+        errors = {name: relative_error(actual.pop(name), expected.pop(name)) for name in ("w1", "w2")}
+        assert_same(actual, expected)
+        assert min(errors.values()) > 0.5, errors
+
+    def test_it_does_not_show_while_experts_are_one_block_wide(self) -> None:
+        config = MoEConfig([(4, 4)], 2, 12, block_size=4)
+        wrong, ours = layers(config, historical=True)
+        assert_same(outcome(wrong, 64), outcome(ours, 64))
+
+    def test_enough_bits_mend_it(self) -> None:
+        right, ours = layers(WIDE)
+        assert_same(outcome(right, 64), outcome(ours, 64))
+
+
+class TestStk:
+    CONFIG = MoEConfig([(2, 256), (2, 128)], 2, 128, activation="swiglu", aux_losses=False)
+
+    def test_without_stk_a_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("stk", "stk.ops"):
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=r"needs stanford-stk, which the dependency group `baseline` installs"):
+            StkMoEMLP(self.CONFIG)
+
+    @pytest.mark.skipif(importlib.util.find_spec("stk") is None, reason="needs stanford-stk, which Linux alone has")
+    @pytest.mark.parametrize("historical", [False, True])
+    def test_stk_agrees_with_plain_pytorch(self, historical: bool, device: str) -> None:
+        """Right or wrong: stk follows the topology as `block_sparse.py` does."""
+        torch.manual_seed(0)
+        plain = MoEMLP(self.CONFIG, historical=historical, device=device, dtype=torch.float16)
+        real = StkMoEMLP(self.CONFIG, historical=historical, device=device, dtype=torch.float16)
+        real.load_state_dict(plain.state_dict())
+        x, dout = (torch.randn(40, 128, device=device, dtype=torch.float16) for _ in range(2))
+        results = []
+        for layer in (plain, real):
+            x = x.detach().requires_grad_()
+            out = layer(x)[0]
+            out.backward(dout)
+            results.append([out, x.grad, *(weight.grad for weight in layer.parameters())])
+        for expected, actual in zip(*results, strict=True):
+            assert relative_error(actual.float(), expected.float()) < 2e-3
+
+    @pytest.mark.skipif(importlib.util.find_spec("stk") is None, reason="needs stanford-stk, which Linux alone has")
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"block_size": 64}, "block_size: expected 128 for stk, got 64"),
+            ({"hidden_size": 192}, "hidden_size: expected a multiple of 128 for stk, got 192"),
+        ],
+    )
+    def test_what_stk_cannot_take_is_named(self, changes: dict[str, int], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            StkMoEMLP(dataclasses.replace(self.CONFIG, **changes))
+
+    @pytest.mark.skipif(importlib.util.find_spec("stk") is None, reason="needs stanford-stk, which Linux alone has")
+    def test_a_device_without_kernels_is_named(self) -> None:
+        with pytest.raises(ValueError, match="device: expected a CUDA device for stk, got meta"):
+            StkMoEMLP(self.CONFIG, device="meta")
