@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 from cases import BenchCase, select
-from contestants import CONTESTANTS, OURS, CannotRun, Layer, State, routed
+from contestants import CONTESTANTS, OURS
+from layers import CannotRun, Layer, State, routed
 from results import append, folder, provenance, text
 from timing import ceilings, launches, memory, wall_times
 from torch import Tensor

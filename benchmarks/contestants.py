@@ -8,58 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from baselines import block_sparse, block_sparse_historical, stk, stk_historical
+from layers import CannotRun, Layer, State, layer_of, routed
 from torch import Tensor, nn
 
 from triton_moe import MoEConfig, MoEMLP
-from triton_moe.activations import is_gated
+from triton_moe.activations import GATE_ACTIVATION, is_gated
 from triton_moe.layout import ExpertLayout
-from triton_moe.router import route_tokens
-
-State = Mapping[str, Tensor]
-
-
-class CannotRun(Exception):
-    """Why a contestant sits a case out, in one sentence."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A contestant, built."""
-
-    forward: Callable[[Tensor], Tensor]
-    """`x (T, H)` -> `(T, H)`, router included, recording a graph."""
-    parameters: list[Tensor]
-    gradients: Callable[[], dict[str, Tensor]]
-    """Of drouter, dw1, dw2 and, if gated, dw3, in the shapes of the state dict, after a backward pass."""
-
-
-def routed(x: Tensor, weight: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """Weights and ids by the router of `MoEMLP` itself, as in `config`."""
-    K, router = config.num_active_experts, config.router
-    return route_tokens(
-        x, weight, layout=config.layout, num_active_experts=K, router=router, aux_losses=config.aux_losses
-    )[:2]
-
-
-_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"relu_squared": lambda h: F.relu(h).square(), "swiglu": F.silu}
-"""Of a contestant without activations of its own; swiglu's is that of its gate."""
+from triton_moe.torch_backend import ACTIVATION
 
 
 def _moe_mlp(config: MoEConfig, state: State, backend: str) -> Layer:
     weight = state["w1"]
-    module = MoEMLP(dataclasses.replace(config, backend=backend), device=weight.device, dtype=weight.dtype)
-    module.load_state_dict(state)
-    names = {"drouter": module.router.weight, "dw1": module.w1, "dw2": module.w2, "dw3": module.w3}
+    return layer_of(
+        MoEMLP(dataclasses.replace(config, backend=backend), device=weight.device, dtype=weight.dtype), state
+    )
 
-    def gradients() -> dict[str, Tensor]:
-        return {name: weight.grad for name, weight in names.items() if weight is not None and weight.grad is not None}
 
-    return Layer(lambda x: module(x)[0], list(module.parameters()), gradients)
+def _activation(config: MoEConfig) -> Callable[[Tensor], Tensor]:
+    """Of a contestant without activations of its own; a gated one's is that of its gate."""
+    return ACTIVATION[GATE_ACTIVATION.get(config.activation, config.activation)]
 
 
 def triton_moe(config: MoEConfig, state: State) -> Layer:
@@ -145,7 +117,7 @@ class GroupedMM(nn.Module):
 
         rows: Tensor = _Reorder.apply(x, row_to_slot // K, slot_to_row, K)  # type: ignore[assignment]
         h = F.grouped_mm(rows, self.w_up, offs=offsets)
-        act = _ACTIVATION[self.config.activation]
+        act = _activation(self.config)
         if is_gated(self.config.activation):
             gate, up = h.chunk(2, dim=1)
             a = act(gate) * up
@@ -195,7 +167,7 @@ def scattermoe(config: MoEConfig, state: State) -> Layer:
     gated, K = is_gated(config.activation), config.num_active_experts
     with torch.device(weight.device):
         mlp: nn.Module = (library.GLUMLP if gated else library.MLP)(
-            config.hidden_size, layout.max_width, layout.num_experts, K, activation=_ACTIVATION[config.activation]
+            config.hidden_size, layout.max_width, layout.num_experts, K, activation=_activation(config)
         )
     mlp.to(weight.dtype)
     router_weight = nn.Parameter(state["router.weight"].clone())
@@ -223,8 +195,18 @@ def scattermoe(config: MoEConfig, state: State) -> Layer:
 CONTESTANTS: dict[str, Callable[[MoEConfig, State], Layer]] = {
     build.__name__: build
     for build in (
-        triton_moe, triton_moe_hopper, triton_moe_portable, torch_loop, grouped_mm, grouped_mm_compiled, scattermoe
+        triton_moe,
+        triton_moe_hopper,
+        triton_moe_portable,
+        torch_loop,
+        grouped_mm,
+        grouped_mm_compiled,
+        scattermoe,
+        block_sparse,
+        block_sparse_historical,
+        stk,
+        stk_historical,
     )
-}  # fmt: skip
+}
 OURS = ("triton_moe", "triton_moe_hopper", "triton_moe_portable", "torch_loop")
 """Those that the gate holds to the error budget of the project's own tests."""

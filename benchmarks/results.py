@@ -41,7 +41,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         _output_of("git", "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else ""
     )
     return {
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else "",
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "driver": driver.partition("\n")[0],
         "torch": torch.__version__,
         "triton": _version_of("triton"),

@@ -48,7 +48,7 @@ class StkMoEMLP(MoEMLP):
 
     Raises:
         ImportError: stk is not installed.
-        ValueError: a shape that its kernels do not take, or a device that does not run Triton kernels.
+        ValueError: a shape that its kernels do not take.
     """
 
     def __init__(
@@ -65,14 +65,18 @@ class StkMoEMLP(MoEMLP):
         if config.hidden_size % BLOCK_SIZE:
             raise ValueError(f"hidden_size: expected a multiple of {BLOCK_SIZE} for stk, got {config.hidden_size}")
         super().__init__(config, historical=historical, device=device, dtype=dtype)
-        try:
-            runs_kernels(self.w1.device, None, "triton")
-        except ValueError as error:
-            raise ValueError(f"device: expected a CUDA device for stk, got {self.w1.device}") from error
 
     @property
     def operators(self) -> str:
         return "stk" if self._megablocks is None else "stk and megablocks"
+
+    def experts(self, tokens: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> dict:
+        """As `MoEMLP.experts`. Raises ValueError on a device that does not run Triton kernels."""
+        try:
+            runs_kernels(tokens.device, None, "triton")
+        except ValueError as error:
+            raise ValueError(f"device: expected a CUDA device for stk, got {tokens.device}") from error
+        return super().experts(tokens, topk_weights, topk_ids)
 
     def sdd(self, a: Tensor, b: Tensor, topology: Topology) -> Tensor:
         return self._stk.ops.sdd(a, b, self._matrix(None, topology, a.dtype)).data

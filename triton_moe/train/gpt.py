@@ -5,16 +5,18 @@ Letters: `B` sequences, `L` bytes a sequence, `H` hidden size, `E` experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triton_moe.moe import MoEMLP
+from triton_moe.moe import MoEConfig, MoEMLP
 from triton_moe.train.config import TrainConfig
 from triton_moe.train.data import VOCABULARY
 
+MLPFactory = Callable[[MoEConfig], MoEMLP]
 _ROTARY_BASE = 10_000.0
 
 
@@ -58,10 +60,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, mlp: MLPFactory) -> None:
         super().__init__()
         self.attention = Attention(config.hidden_size, config.num_heads)
-        self.mlp = MoEMLP(config.moe)
+        self.mlp = mlp(config.moe)
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         x = x + self.attention(_norm(x))
@@ -70,13 +72,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Norms before attention and MLP and before the head, rotary positions, no biases."""
+    """Norms before attention and MLP and before the head, rotary positions, no biases. `mlp` builds the MoE layers."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, mlp: MLPFactory = MoEMLP) -> None:
         super().__init__()
         self.context = config.context
         self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, mlp) for _ in range(config.num_layers))
         self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
         nn.init.zeros_(self.head.weight)
         for module in self.modules():

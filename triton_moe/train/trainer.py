@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_moe.moe import MoEMLP
 from triton_moe.train.checkpoint import Checkpoint, load_optimizer_state, optimizer_state
 from triton_moe.train.config import TrainConfig
 from triton_moe.train.data import Corpus
-from triton_moe.train.gpt import GPT, GPTOutput
+from triton_moe.train.gpt import GPT, GPTOutput, MLPFactory
 
 _WARM_UP_SHARE, _FINAL_SHARE = 0.05, 0.1
 
@@ -32,15 +33,23 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Trainer:
-    """A model in training. The config's seed and the step decide every number, so a resumed run is the same run."""
+    """A model in training. The config's seed and the step decide every number, so a resumed run is the same run.
+
+    `mlp` builds the model's MoE layers.
+    """
 
     def __init__(
-        self, config: TrainConfig, corpus: Corpus, device: torch.device, checkpoint: Checkpoint | None = None
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        device: torch.device,
+        checkpoint: Checkpoint | None = None,
+        mlp: MLPFactory = MoEMLP,
     ) -> None:
         corpus.check_context(config.context)
         self.config, self.corpus, self.device = config, corpus, device
         torch.manual_seed(config.seed)
-        self.model = GPT(config).to(device)
+        self.model = GPT(config, mlp).to(device)
         self._train_model = torch.compile(self.model, mode="reduce-overhead") if config.compile else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=device.type == "cuda"
