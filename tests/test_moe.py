@@ -8,7 +8,7 @@ import torch
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.losses import compute_loss, load_balance_loss, router_z_loss
 from triton_moe.moe import MoEConfig, MoEMLP
-from triton_moe.router import ROUTERS, choose_experts
+from triton_moe.router import ROUTERS, GroupLimit, choose_experts
 
 H = 24
 SIZES = ((2, 16), (1, 5), (2, 40), (1, 0))
@@ -98,6 +98,18 @@ class TestConfig:
             ({"normalize_weights": 1}, "normalize_weights: expected one of True, False, got 1"),
             ({"aux_losses": None}, "aux_losses: expected one of True, False, got None"),
             ({"load_balance": "token"}, "load_balance: expected one of batch, sequence, got 'token'"),
+            ({"weights_scale": 0}, "weights_scale: expected a number over 0, got 0"),
+            ({"groups": (2, 1)}, r"groups: expected a GroupLimit or None, got \(2, 1\)"),
+            ({"groups": GroupLimit(4, 2)}, "num_groups: expected a divisor of E = 6, got 4"),
+            ({"groups": GroupLimit(6, 1, 1)}, "num_active_groups: expected room for K = 2 experts in .* got 1"),
+            ({"groups": GroupLimit(2, 3)}, "num_active_groups: .* at most 2 groups of 3, got 3"),
+            ({"groups": GroupLimit(2, 1, 4)}, "num_scores: expected 1 to 3, a group's size, got 4"),
+            ({"shared_null_logit": 1}, "shared_null_logit: expected one of True, False, got 1"),
+            (
+                {"shared_null_logit": True, "expert_sizes": [(2, 16)]},
+                "shared_null_logit: expected False without experts of width 0, got True",
+            ),
+            ({"shared_width": -8}, "shared_width: expected an integer of 1 or more, got -8"),
             ({"balancing": "smebu"}, "balancing: expected a BiasBalancing or None, got 'smebu'"),
             ({"backend": "cuda"}, "backend: expected one of auto, hopper, triton, torch, got 'cuda'"),
         ],

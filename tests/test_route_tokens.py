@@ -24,8 +24,9 @@ def tensors(T: int, dtype: torch.dtype, device: str, num_experts: int = E) -> tu
 
 
 def by_definition(
-    x: Tensor, weight: Tensor, topk_ids: Tensor, router: str, normalize: bool, layout: ExpertLayout = LAYOUT
-) -> RouterOutput:
+    x: Tensor, weight: Tensor, topk_ids: Tensor, router: str, normalize: bool, layout: ExpertLayout = LAYOUT,
+    scale: float = 1.0,
+) -> RouterOutput:  # fmt: skip
     """For a given choice, in the dtype of x (fp32 if that has 16 bits)."""
     logits = router_logits(x, weight)
     probs = router_scores(logits, router)
@@ -35,7 +36,8 @@ def by_definition(
     losses = router_z_loss(logits), load_balance_loss(probs, f, layout), compute_loss(probs, layout)
     zero = logits.new_zeros(())
     largest, mean = (logits.abs().max(), logits.mean()) if logits.numel() else (zero, zero)
-    return RouterOutput(weights.to(x.dtype), topk_ids, f.to(x.dtype), f, *losses, largest.detach(), mean.detach())
+    weights = (scale * weights).to(x.dtype)
+    return RouterOutput(weights, topk_ids, f.to(x.dtype), f, *losses, largest.detach(), mean.detach())
 
 
 def forward_backward(function: Any, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -56,15 +58,18 @@ def forward_backward(function: Any, x: Tensor, weight: Tensor) -> dict[str, Tens
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("T", "K"), [(50, 2), (1, 1), (33, 7), (0, 2)])
-def test_matches_the_definition(router: str, normalize: bool, T: int, K: int, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_matches_the_definition(
+    router: str, normalize: bool, T: int, K: int, scale: float, device: str, dtype: torch.dtype
+) -> None:
     x, weight = tensors(T, dtype, device)
-    options: dict[str, Any] = {"router": router, "normalize_weights": normalize}
+    options: dict[str, Any] = {"router": router, "normalize_weights": normalize, "scale": scale}
 
     def ours(x: Tensor, weight: Tensor) -> RouterOutput:
         return route_tokens(x, weight, layout=LAYOUT, num_active_experts=K, backend="triton", **options)
 
     def definition(x: Tensor, weight: Tensor) -> RouterOutput:
-        return by_definition(x, weight, topk_ids, router, normalize)
+        return by_definition(x, weight, topk_ids, router, normalize, scale=scale)
 
     with poison_empty():
         actual = forward_backward(ours, x, weight)

@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from triton_moe.router import ROUTERS, choose_experts, router_logits, router_scores
+from triton_moe.layout import ExpertLayout
+from triton_moe.router import (
+    ROUTERS,
+    GroupLimit,
+    choose_experts,
+    expand_null_row,
+    router_logits,
+    router_scores,
+    select_experts,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -131,3 +140,52 @@ def test_no_tokens():
 def test_unknown_router(router):
     with pytest.raises(ValueError, match=r"router: expected one of sigmoid, softmax, got"):
         router_scores(torch.zeros(1, 2), router)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("num_groups", "active", "num_scores", "K"), [(4, 2, 2, 3), (3, 1, 1, 4), (6, 6, 2, 5)])
+def test_group_limited_choice_is_its_definition(num_groups, active, num_scores, K, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(40, 12, generator=generator)
+    bias = torch.randn(12, generator=generator) if with_bias else None
+    ids = select_experts(scores, K, bias, GroupLimit(num_groups, active, num_scores))
+    size = 12 // num_groups
+    for row, chosen in zip((scores if bias is None else scores + bias).tolist(), ids.tolist(), strict=True):
+        groups = [range(g * size, (g + 1) * size) for g in range(num_groups)]
+        groups.sort(key=lambda members: -sum(sorted((row[e] for e in members), reverse=True)[:num_scores]))
+        candidates = [e for members in groups[:active] for e in members]
+        assert chosen == sorted(candidates, key=lambda e: -row[e])[:K]
+
+
+def test_softmax_over_the_chosen_is_a_normalised_softmax():
+    x, weight = _tensors()
+    out = choose_experts(x, weight, num_active_experts=3, router="softmax")
+    logits = x @ weight.t()
+    chosen, ids = logits.topk(3)
+    assert torch.equal(out.topk_ids, ids)
+    torch.testing.assert_close(out.topk_weights, chosen.softmax(-1))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scale(normalize):
+    x, weight = _tensors()
+    plain, scaled = (
+        choose_experts(x, weight, num_active_experts=2, normalize_weights=normalize, scale=scale) for scale in (1, 2.5)
+    )
+    torch.testing.assert_close(scaled.topk_weights, 2.5 * plain.topk_weights)
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 0, 0), (0, 8, 0, 0, 5, 0), (0, 3)])
+def test_null_experts_share_a_row(widths):
+    layout, real = ExpertLayout(widths), sum(width > 0 for width in widths)
+    weight = torch.randn(real + 1, 6, requires_grad=True)
+    expanded = expand_null_row(weight, layout)
+    rows, row = [], 0
+    for width in widths:
+        rows.append(row if width else real)
+        row += width > 0
+    assert torch.equal(expanded, weight[rows])
+    dout = torch.randn_like(expanded)
+    expanded.backward(dout)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[real], dout[[e for e, width in enumerate(widths) if width == 0]].sum(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triton_moe import BiasBalancing, MoEConfig, MoEMLP
+from triton_moe import BiasBalancing, GroupLimit, MoEConfig, MoEMLP
 from triton_moe.testing import assert_within_budget
 from triton_moe.train.config import TrainConfig
 from triton_moe.train.gpt import GPT
@@ -58,6 +58,8 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         {"balancing": BiasBalancing()},
         {"balancing": BiasBalancing(update_in_forward=True)},
         {"load_balance": "sequence"},
+        {"groups": GroupLimit(3, 2, 1), "weights_scale": 2.5},
+        {"shared_null_logit": True, "shared_width": 8, "weights_scale": 2.5},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
 from triton_moe.balancing import BiasBalanced, BiasBalancing
-from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype, moe_mlp
+from triton_moe.experts import DenseMLP, Experts
+from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype
 from triton_moe.layout import ExpertLayout
-from triton_moe.router import ROUTERS, route_tokens
+from triton_moe.router import ROUTERS, GroupLimit, expand_null_row, route_tokens
 
 LOAD_BALANCE = ("batch", "sequence")
 """What a load-balance loss is taken over: all tokens at once, or each sequence, averaged."""
@@ -64,6 +66,15 @@ class MoEConfig:
     """One of `LOAD_BALANCE`; a sequence is L tokens of `x (..., L, H)`."""
     balancing: BiasBalancing | None = None
     """How a bias on the scores balances the experts (see `balancing.py`); None: there is no bias."""
+    weights_scale: float = 1.0
+    """Factor of a token's K weights, after they are divided by their sum."""
+    groups: GroupLimit | None = None
+    """Limits a token's choice to its best groups of experts."""
+    shared_null_logit: bool = False
+    """Whether all null experts have one logit: `router.weight` then has a row for each wider expert, in order, and a
+    last one for them. A bias remains each expert's own."""
+    shared_width: int = 0
+    """Of one more expert, a `DenseMLP` named `shared` that every token goes through; 0: there is none."""
     n_embd: InitVar[int | None] = None
     """Another name for `hidden_size`, when building only: read `hidden_size`."""
 
@@ -94,6 +105,17 @@ class MoEConfig:
         _check_choice(self.load_balance, "load_balance", LOAD_BALANCE)
         if self.balancing is not None and not isinstance(self.balancing, BiasBalancing):
             raise ValueError(f"balancing: expected a BiasBalancing or None, got {self.balancing!r}")
+        if not isinstance(self.weights_scale, (int, float)) or not 0 < self.weights_scale < math.inf:
+            raise ValueError(f"weights_scale: expected a number over 0, got {self.weights_scale!r}")
+        if self.groups is not None:
+            if not isinstance(self.groups, GroupLimit):
+                raise ValueError(f"groups: expected a GroupLimit or None, got {self.groups!r}")
+            self.groups.check(num_experts, self.num_active_experts)
+        _check_choice(self.shared_null_logit, "shared_null_logit", (True, False))
+        if self.shared_null_logit and 0 not in self.layout.widths:
+            raise ValueError("shared_null_logit: expected False without experts of width 0, got True")
+        if self.shared_width != 0:
+            _check_positive_int(self.shared_width, "shared_width")
         _check_choice(self.backend, "backend", BACKENDS)
         _check_choice(self.activation_memory, "activation_memory", ACTIVATION_MEMORY)
         _check_choice(self.recompute, "recompute", (True, False))
@@ -112,35 +134,32 @@ def _sequence_length(x: Tensor) -> int:
     return max(x.shape[-2], 1) if x.dim() > 1 else 1
 
 
-class MoEMLP(BiasBalanced):
+class MoEMLP(Experts, BiasBalanced):
     """A mixture-of-experts MLP whose experts may have any width.
 
     Parameters, all 2-D, each with a gradient at every step: `router.weight (E, H)`; `w1 (H, S)`; `w2 (S, H)`; for gated
     activations only `w3 (H, S)`, w1 being the gate. Expert e owns the columns `layout.columns(e)` of w1 and w3 and the
     same rows of w2. Nothing else is in the state dict, but with balancing the buffers `expert_bias` and
-    `expert_bias_momentum`, `(E)` fp32.
+    `expert_bias_momentum`, `(E)` fp32, and with a shared expert its weights, `shared.w1` and so on.
 
     A model built on the meta device becomes real by `to_empty`, then `init_params()` and `_init_buffers()`.
     """
 
-    w3: nn.Parameter | None
-
     def __init__(
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.config = config
-        self.layout = config.layout
-        H, S = config.hidden_size, self.layout.total_width
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.router = nn.Linear(H, self.layout.num_experts, bias=False, device=device, dtype=dtype)
-        self.w1 = empty(H, S)
-        self.w2 = empty(S, H)
-        self.register_parameter("w3", empty(H, S) if is_gated(config.activation) else None)
-        self._register_expert_bias(config.balancing, self.layout.num_experts, device)
+        H, layout, activation, on = config.hidden_size, config.layout, config.activation, (device, dtype)
+        rows = layout.num_experts - layout.widths.count(0) + 1 if config.shared_null_logit else layout.num_experts
+        self.router = nn.Linear(H, rows, bias=False, device=device, dtype=dtype)
+        options: dict[str, str | bool] = {
+            name: getattr(config, name) for name in ("backend", "activation_memory", "recompute")
+        }
+        self._register_experts(layout, H, activation, *on, options)
+        width = config.shared_width
+        self.shared = DenseMLP(H, width, activation, device=device, dtype=dtype) if width else None
+        self._register_expert_bias(config.balancing, layout.num_experts, device)
         self.init_params()
 
     @torch.no_grad()
@@ -150,18 +169,12 @@ class MoEMLP(BiasBalanced):
         The fan-in is H for the router, w1 and w3. For w2 it is the expert's own width, so that experts of all widths
         start with outputs of one scale.
         """
-        for weight in (self.router.weight, self.w1, self.w3):
-            if weight is not None:
-                weight.normal_(std=self.config.hidden_size**-0.5)
-        for e, width in enumerate(self.layout.widths):
-            if width:
-                self.w2[self.layout.columns(e)].normal_(std=width**-0.5)
+        self.router.weight.normal_(std=self.config.hidden_size**-0.5)
+        super().init_params()
+        if self.shared is not None:
+            self.shared.init_params()
 
-    def reset_parameters(self) -> None:
-        """PyTorch's name for `init_params`."""
-        self.init_params()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # type: ignore[override]
         """`x (..., H)`, in the weights' dtype (under autocast in any) -> `(out, aux, f_i)`.
 
         Returns:
@@ -178,33 +191,25 @@ class MoEMLP(BiasBalanced):
         self._check_input(x)
         config = self.config
         tokens = (x if x.dim() == 2 else x.reshape(-1, config.hidden_size)).to(matmul_dtype(x))
-        bias = self.choice_bias()
+        weight, bias = self.router.weight, self.choice_bias()
         routed = route_tokens(
             tokens,
-            self.router.weight,
+            expand_null_row(weight, self.layout) if config.shared_null_logit else weight,
             bias,
             layout=self.layout,
             num_active_experts=config.num_active_experts,
             router=config.router,
             normalize_weights=config.normalize_weights,
             aux_losses=config.aux_losses,
+            scale=config.weights_scale,
+            groups=config.groups,
             sequence_length=_sequence_length(x) if config.load_balance == "sequence" else None,
             backend=config.backend,
         )
         self.count_choices(routed.load, routed.topk_ids.numel())
-        out = moe_mlp(
-            tokens,
-            routed.topk_weights,
-            routed.topk_ids,
-            self.w1,
-            self.w2,
-            self.w3,
-            layout=self.layout,
-            activation=config.activation,
-            backend=config.backend,
-            activation_memory=config.activation_memory,
-            recompute=config.recompute,
-        )
+        out = super().forward(tokens, routed.topk_weights, routed.topk_ids)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
         aux = {name: getattr(routed, name) for name in AUX}
         if bias is not None:
             size = bias.abs()

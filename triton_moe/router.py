@@ -1,10 +1,13 @@
 """The router's maths: logits, scores, which experts each token goes to, and what the auxiliary losses need of it.
 
-Letters as in `layout.py`.
+`route_tokens` is the whole; `router_logits`, `router_scores`, `select_experts` and `weigh_experts` are its pieces, for
+a router of one's own. A softmax over the chosen experts alone is "softmax" with normalised weights. Letters as in
+`layout.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,6 +27,29 @@ ROUTERS = ("sigmoid", "softmax")
 """How logits become scores: each expert on its own, or all experts against each other."""
 _MAX_FUSED_EXPERTS = 512
 """Up to here one kernel holds a token's scores; beyond, PyTorch's operators do."""
+
+
+@dataclass(frozen=True)
+class GroupLimit:
+    """Experts in groups of equal size, in order; a token chooses within its best groups (arXiv:2412.19437, 2.1.2)."""
+
+    num_groups: int
+    num_active_groups: int
+    num_scores: int = 2
+    """A group counts by the sum of its so many best scores, with the bias: 2 as DeepSeek-V3, 1 as DeepSeek-V2."""
+
+    def check(self, num_experts: int, num_active_experts: int) -> None:
+        """Raise ValueError unless so many experts can be chosen in these groups."""
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise ValueError(f"num_groups: expected a divisor of E = {num_experts}, got {self.num_groups}")
+        size = num_experts // self.num_groups
+        if not -(-num_active_experts // size) <= self.num_active_groups <= self.num_groups:
+            raise ValueError(
+                f"num_active_groups: expected room for K = {num_active_experts} experts in at most {self.num_groups} "
+                f"groups of {size}, got {self.num_active_groups}"
+            )
+        if not 1 <= self.num_scores <= size:
+            raise ValueError(f"num_scores: expected 1 to {size}, a group's size, got {self.num_scores}")
 
 
 class Choice(NamedTuple):
@@ -98,6 +124,46 @@ def router_scores(logits: Tensor, router: str) -> Tensor:
     raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
 
 
+def select_experts(
+    scores: Tensor, num_active_experts: int, bias: Tensor | None = None, groups: GroupLimit | None = None
+) -> Tensor:
+    """The K highest of `scores (T, E)`, plus `bias (E)`, within each token's best groups -> ids `(T, K)` int64."""
+    scores = scores.detach() if bias is None else scores.detach() + bias.detach()
+    if groups is not None:
+        by_group = scores.unflatten(-1, (groups.num_groups, -1))
+        best = by_group.topk(groups.num_scores, dim=-1).values.sum(-1).topk(groups.num_active_groups, dim=-1).indices
+        active = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, True)
+        scores = by_group.masked_fill(~active[..., None], -torch.inf).flatten(-2)
+    return scores.topk(num_active_experts, dim=-1).indices
+
+
+def weigh_experts(scores: Tensor, topk_ids: Tensor, normalize_weights: bool = True, scale: float = 1.0) -> Tensor:
+    """The chosen of `scores (T, E)`, divided by a token's sum of them + 1e-20 if so, times scale -> `(T, K)`."""
+    chosen = scores.gather(-1, topk_ids)
+    if normalize_weights:
+        chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+    return chosen if scale == 1 else chosen * scale
+
+
+def expand_null_row(weight: Tensor, layout: ExpertLayout) -> Tensor:
+    """The weight `(E', H)` of a router whose null experts share one logit -> `(E, H)`.
+
+    It has a row for each expert wider than 0, in order, and a last one, which goes to the place of each null expert;
+    its gradient is the sum of theirs.
+    """
+    runs: list[list[int]] = []  # [is real, count]; itertools.groupby breaks torch.compile's graph
+    for width in layout.widths:
+        if runs and runs[-1][0] == (width > 0):
+            runs[-1][1] += 1
+        else:
+            runs.append([width > 0, 1])
+    rows, real = [], 0
+    for is_real, count in runs:
+        rows.append(weight[real : real + count] if is_real else weight[-1:].expand(count, -1))
+        real += count * is_real
+    return torch.cat(rows)
+
+
 def choose_experts(
     x: Tensor,
     weight: Tensor,
@@ -106,6 +172,8 @@ def choose_experts(
     router: str = "sigmoid",
     normalize_weights: bool = True,
     bias: Tensor | None = None,
+    scale: float = 1.0,
+    groups: GroupLimit | None = None,
 ) -> Choice:
     """The choice of `route_tokens`, whose arguments these are, in PyTorch's operators, with the scores behind it.
 
@@ -113,24 +181,20 @@ def choose_experts(
     """
     logits = router_logits(x, weight)
     probs = router_scores(logits, router)
-    if bias is None:
-        chosen, topk_ids = probs.topk(num_active_experts, dim=-1)
-    else:
-        topk_ids = (probs.detach() + bias.detach()).topk(num_active_experts, dim=-1).indices
-        chosen = probs.gather(-1, topk_ids)
-    if normalize_weights:
-        chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+    topk_ids = select_experts(probs, num_active_experts, bias, groups)
+    chosen = weigh_experts(probs, topk_ids, normalize_weights, scale)
     return Choice(logits, probs, chosen.to(x.dtype), topk_ids)
 
 
 def _route_tokens(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: ExpertLayout, num_active_experts: int, router: str,
-    normalize_weights: bool, aux_losses: bool, sequence_length: int | None = None,
+    normalize_weights: bool, aux_losses: bool, scale: float, groups: GroupLimit | None, sequence_length: int | None,
 ) -> RouterOutput:  # fmt: skip
     """`route_tokens` in PyTorch's operators."""
     logits, probs, topk_weights, topk_ids = choose_experts(
-        x, weight, num_active_experts=num_active_experts, router=router, normalize_weights=normalize_weights, bias=bias
-    )
+        x, weight, num_active_experts=num_active_experts, router=router, normalize_weights=normalize_weights, bias=bias,
+        scale=scale, groups=groups,
+    )  # fmt: skip
     chosen = torch.zeros(layout.num_experts, dtype=probs.dtype, device=x.device)
     ids = topk_ids.flatten()
     f = chosen.scatter_add_(0, ids, torch.ones_like(ids, dtype=probs.dtype)) / max(ids.numel(), 1)
@@ -156,6 +220,8 @@ def route_tokens(
     router: str = "sigmoid",
     normalize_weights: bool = True,
     aux_losses: bool = True,
+    scale: float = 1.0,
+    groups: GroupLimit | None = None,
     sequence_length: int | None = None,
     backend: str = "auto",
 ) -> RouterOutput:
@@ -170,11 +236,13 @@ def route_tokens(
         router: one of `ROUTERS`.
         normalize_weights: divide a token's K weights by their sum + 1e-20.
         aux_losses: whether the losses (see `losses.py`) and the logits' statistics are computed.
+        scale: factor of the weights, after they are normalised.
+        groups: limits each token's choice to its best groups of experts.
         sequence_length: the load-balance loss is that of each so many tokens, averaged; None: of all tokens at once.
         backend: as in `moe_mlp`.
 
     Differentiable in x and weight. Among equal scores the kernel chooses the lowest id, PyTorch (more than 512 experts,
-    a sequence_length, the CPU) what `torch.topk` does there; NaN counts as the highest score.
+    groups, a sequence_length, the CPU) what `torch.topk` does there; NaN counts as the highest score.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
@@ -184,10 +252,13 @@ def route_tokens(
         raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
     if sequence_length is not None and (sequence_length < 1 or x.shape[0] % sequence_length):
         raise ValueError(f"sequence_length: expected a divisor of T = {x.shape[0]}, got {sequence_length}")
+    if groups is not None:
+        groups.check(layout.num_experts, num_active_experts)
     options = (layout, num_active_experts, router, normalize_weights, aux_losses)
-    fused = sequence_length is None and layout.num_experts <= _MAX_FUSED_EXPERTS
-    if runs_kernels(x.device, x.dtype, backend) and fused:
-        from triton_moe.ops.router import route_tokens as run
+    fused = groups is None and sequence_length is None and layout.num_experts <= _MAX_FUSED_EXPERTS
+    if not (runs_kernels(x.device, x.dtype, backend) and fused):
+        return _route_tokens(x, weight, bias, *options, scale, groups, sequence_length)
+    from triton_moe.ops.router import route_tokens as run
 
-        return RouterOutput(*run(x, weight, bias, *options))
-    return _route_tokens(x, weight, bias, *options, sequence_length)
+    routed = RouterOutput(*run(x, weight, bias, *options))
+    return routed if scale == 1 else routed._replace(topk_weights=routed.topk_weights * scale)

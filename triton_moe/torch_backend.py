@@ -24,6 +24,12 @@ ACTIVATION = {
 }
 
 
+def activate(h: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """`act(h)`, of a gated activation `act(h) * up`."""
+    a = ACTIVATION[GATE_ACTIVATION.get(activation, activation)](h)
+    return a if up is None else a * up
+
+
 def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
     """`topk_ids (T, K)` int32 or int64 -> a `Routing` without a tile schedule."""
     num_experts, ids = layout.num_experts, topk_ids.reshape(-1).long()
@@ -89,13 +95,13 @@ def grouped_gemm_up(
     x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing, activation: str = "relu_squared"
 ) -> Tensor:
     """`act(x w1_e)`, gated `act(x w1_e) * (x w3_e)`, of the rows of each expert, as a ragged buffer."""
-    act = ACTIVATION[GATE_ACTIVATION.get(activation, activation)]
     widths = list(routing.layout.widths)
     rows = gather(x, routing=routing).split(_rows_per_expert(routing))
-    blocks = [act(x_e @ w1_e) for x_e, w1_e in zip(rows, w1.split(widths, dim=1), strict=False)]
-    if w3 is not None:
-        ups = (x_e @ w3_e for x_e, w3_e in zip(rows, w3.split(widths, dim=1), strict=False))
-        blocks = [gate * up for gate, up in zip(blocks, ups, strict=True)]
+    ups = [None] * len(widths) if w3 is None else w3.split(widths, dim=1)
+    blocks = [
+        activate(x_e @ w1_e, None if w3_e is None else x_e @ w3_e, activation)
+        for x_e, w1_e, w3_e in zip(rows, w1.split(widths, dim=1), ups, strict=False)
+    ]
     return _pack(blocks, routing)
 
 

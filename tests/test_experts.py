@@ -1,0 +1,131 @@
+"""Experts behind a router of one's own, a shared expert beside the routed ones, null experts with one logit."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from triton_moe import DenseMLP, ExpertLayout, Experts, MoEConfig, MoEMLP, reference
+from triton_moe.activations import ACTIVATIONS, is_gated
+from triton_moe.router import router_logits, select_experts, weigh_experts
+from triton_moe.testing import Case, check_against_oracle, make_inputs, poison_empty
+
+H = 16
+SIZES = [(2, 8), (2, 0), (2, 24), (1, 0)]
+LAYOUT = ExpertLayout.from_sizes(SIZES)
+
+
+class NoisyRouter(nn.Module):
+    """A user's module: it adds noise to the logits in training, and takes the rest from the package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(LAYOUT.num_experts, H) / 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = router_logits(x, self.weight)
+        scores = (logits + 0.1 * torch.randn_like(logits) if self.training else logits).softmax(-1)
+        ids = select_experts(scores, 2)
+        return weigh_experts(scores, ids).to(x.dtype), ids
+
+
+@pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
+def test_a_router_of_ones_own(activation: str, device: str) -> None:
+    torch.manual_seed(0)
+    experts = Experts(LAYOUT, H, activation, device=device, backend="triton" if device == "cpu" else "auto")
+    router = NoisyRouter().to(device)
+    assert set(experts.state_dict()) == {"w1", "w2", *(["w3"] if activation == "swiglu" else [])}
+    x = torch.randn(2, 9, H, device=device)
+    weights, ids = router(x.view(-1, H))
+    out = experts(x, weights, ids)
+    plain = reference.moe_mlp(
+        x.view(-1, H), weights, ids, experts.w1, experts.w2, experts.w3, layout=LAYOUT, activation=activation
+    )
+    torch.testing.assert_close(out, plain.view(x.shape), rtol=1e-4, atol=1e-5)
+    out.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in (*experts.parameters(), *router.parameters()))
+    assert router.weight.grad is not None
+    assert router.weight.grad.any()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_is_moe_mlp(activation: str, device: str, dtype: torch.dtype) -> None:
+    """Output and gradients within the budget, the module's weights taken from the inputs."""
+    pytest.importorskip("triton")
+    inputs = make_inputs(Case(21, H, LAYOUT.widths, 2, activation, reason="null experts among others"), dtype, device)
+    experts = Experts(LAYOUT, H, activation, device=device, dtype=dtype, backend="triton")
+
+    def run(x, topk_weights, topk_ids, w1, w2, w3, *, layout, activation):
+        weights = {name: weight for name, weight in (("w1", w1), ("w2", w2), ("w3", w3)) if weight is not None}
+        return torch.func.functional_call(experts, weights, (x, topk_weights, topk_ids))
+
+    with poison_empty():
+        check_against_oracle(run, inputs)
+
+
+def test_an_unknown_option() -> None:
+    with pytest.raises(TypeError, match="options: expected backend, activation_memory and recompute, got top_k"):
+        Experts(LAYOUT, H, top_k=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dense_mlp_is_an_expert_for_all_tokens(activation: str) -> None:
+    torch.manual_seed(0)
+    mlp, layout = DenseMLP(H, 24, activation, dtype=torch.float64), ExpertLayout((24,))
+    x = torch.randn(2, 5, H, dtype=torch.float64)
+    ones, ids = torch.ones(10, 1, dtype=torch.float64), torch.zeros(10, 1, dtype=torch.int64)
+    expected = reference.moe_mlp(x.view(-1, H), ones, ids, mlp.w1, mlp.w2, mlp.w3, layout=layout, activation=activation)
+    torch.testing.assert_close(mlp(x), expected.view(x.shape))
+    assert (mlp.w3 is not None) == is_gated(activation)
+
+
+@pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
+def test_a_shared_expert_is_added(activation: str) -> None:
+    torch.manual_seed(0)
+    config = MoEConfig(SIZES, 2, H, activation=activation, shared_width=12)
+    layer, routed = MoEMLP(config), MoEMLP(MoEConfig(SIZES, 2, H, activation=activation))
+    own = {name: value for name, value in layer.state_dict().items() if not name.startswith("shared.")}
+    routed.load_state_dict(own, strict=True)
+    names = {"shared.w1", "shared.w2", *(["shared.w3"] if activation == "swiglu" else [])}
+    assert set(layer.state_dict()) == {*own, *names}
+    x = torch.randn(3, 5, H)
+    assert layer.shared is not None
+    assert torch.equal(layer(x)[0], routed(x)[0] + layer.shared(x))
+    layer(x)[0].square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
+def test_null_experts_with_one_logit(activation: str) -> None:
+    """The layer is one whose null experts' router rows are equal, and its row's gradient the sum of theirs."""
+    torch.manual_seed(0)
+    layer = MoEMLP(MoEConfig(SIZES, 3, H, activation=activation, shared_null_logit=True))
+    rows = [0, 1, 4, 4, 2, 3, 4]
+    other = MoEMLP(MoEConfig(SIZES, 3, H, activation=activation))
+    state = copy.deepcopy(layer.state_dict())
+    assert state["router.weight"].shape == (5, H)
+    other.load_state_dict(state | {"router.weight": state["router.weight"][rows]}, strict=True)
+    x = torch.randn(4, 8, H)
+    results = []
+    for module in (layer, other):
+        out, aux, f = module(x)
+        (out.square().sum() + aux["load_balance_loss"] + aux["router_z_loss"] + aux["compute_loss"]).backward()
+        results.append((out, f, *aux.values()))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+    assert layer.router.weight.grad is not None
+    assert other.router.weight.grad is not None
+    expected = torch.zeros(5, H).index_add(0, torch.tensor(rows), other.router.weight.grad)
+    torch.testing.assert_close(layer.router.weight.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_options_from_meta() -> None:
+    config = MoEConfig(SIZES, 2, H, activation="swiglu", shared_null_logit=True, shared_width=12)
+    layer = MoEMLP(config, device="meta")
+    with poison_empty():
+        layer.to_empty(device="cpu")
+    layer.init_params()
+    layer._init_buffers()
+    assert all(parameter.isfinite().all() and parameter.any() for parameter in layer.parameters())
+    assert layer(torch.randn(5, H))[0].isfinite().all()

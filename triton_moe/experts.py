@@ -1,0 +1,127 @@
+"""Experts without a router, for any module that says where tokens go; and the dense MLP, an expert for all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from triton_moe import torch_backend
+from triton_moe.activations import is_gated
+from triton_moe.functional import moe_mlp
+from triton_moe.layout import ExpertLayout
+
+
+class Experts(nn.Module):
+    """The packed weights of experts of any width, as `moe_mlp` takes them, whose options these are.
+
+    >>> experts = Experts(ExpertLayout.from_sizes([(4, 64), (4, 32)]), hidden_size=16)
+    >>> weights, ids = torch.rand(5, 16).matmul(torch.rand(16, 8)).softmax(-1).topk(2)  # a router of one's own
+    >>> experts(torch.rand(5, 16), weights, ids).shape
+    torch.Size([5, 16])
+
+    Parameters: `w1 (H, S)`, `w2 (S, H)`, for gated activations `w3 (H, S)`, w1 being the gate. Expert e owns the
+    columns `layout.columns(e)` of w1 and w3 and the same rows of w2.
+    """
+
+    w1: nn.Parameter
+    w2: nn.Parameter
+    w3: nn.Parameter | None
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        hidden_size: int,
+        activation: str = "relu_squared",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: str | bool,
+    ) -> None:
+        """`options`: `backend`, `activation_memory` and `recompute` of `moe_mlp`."""
+        super().__init__()
+        self._register_experts(layout, hidden_size, activation, device, dtype, options)
+        self.init_params()
+
+    def _register_experts(
+        self,
+        layout: ExpertLayout,
+        hidden_size: int,
+        activation: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        options: dict[str, str | bool],
+    ) -> None:
+        unknown = set(options) - {"backend", "activation_memory", "recompute"}
+        if unknown:
+            raise TypeError(f"options: expected backend, activation_memory and recompute, got {', '.join(unknown)}")
+        self.layout, self._moe_mlp_options = layout, {"activation": activation, **options}
+        _register_weights(self, hidden_size, layout.total_width, activation, device, dtype)
+
+    @torch.no_grad()
+    def init_params(self) -> None:
+        """Draw every weight from a normal distribution of std 1 / sqrt(fan-in), for w2 the expert's own width."""
+        _init_up(self)
+        for e, width in enumerate(self.layout.widths):
+            if width:
+                self.w2[self.layout.columns(e)].normal_(std=width**-0.5)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's name for `init_params`."""
+        self.init_params()
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """`moe_mlp`: `x (..., H)`, weights and ids `(T, K)` from any router -> x's shape and dtype."""
+        return moe_mlp(
+            x, topk_weights, topk_ids, self.w1, self.w2, self.w3, layout=self.layout, **self._moe_mlp_options
+        )  # type: ignore[arg-type]
+
+
+class DenseMLP(nn.Module):
+    """One MLP for every token, with the experts' activations: `w1 (H, I)`, `w2 (I, H)`, if gated `w3 (H, I)`."""
+
+    w1: nn.Parameter
+    w2: nn.Parameter
+    w3: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        activation: str = "relu_squared",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        _register_weights(self, hidden_size, width, activation, device, dtype)
+        self.init_params()
+
+    @torch.no_grad()
+    def init_params(self) -> None:
+        """Draw every weight from a normal distribution of std 1 / sqrt(fan-in)."""
+        _init_up(self)
+        self.w2.normal_(std=self.w2.shape[0] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., H)` -> the same shape."""
+        up = None if self.w3 is None else x @ self.w3
+        return torch_backend.activate(x @ self.w1, up, self.activation) @ self.w2
+
+
+def _register_weights(
+    module: nn.Module, hidden_size: int, width: int, activation: str, device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    def empty(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+    module.register_parameter("w1", empty(hidden_size, width))
+    module.register_parameter("w2", empty(width, hidden_size))
+    module.register_parameter("w3", empty(hidden_size, width) if is_gated(activation) else None)
+
+
+def _init_up(module: Experts | DenseMLP) -> None:
+    for weight in (module.w1, module.w3):
+        if weight is not None:
+            weight.normal_(std=weight.shape[0] ** -0.5)
