@@ -105,7 +105,8 @@ class Gate:
     def __init__(self, case: BenchCase, state: State, x: Tensor, dout: Tensor) -> None:
         self.layout = case.config.layout
         self.x, self.dout = x.detach()[:GATE_TOKENS].requires_grad_(), dout[:GATE_TOKENS]
-        self.truth = parts(oracle(case, state, self.x, self.dout, torch.float64), self.layout)
+        self.whole = oracle(case, state, self.x, self.dout, torch.float64)
+        self.truth = parts(self.whole, self.layout)
         self.plain = parts(oracle(case, state, self.x, self.dout, x.dtype), self.layout)
 
     def fault(self, contestant: str, layer: Layer) -> str | None:

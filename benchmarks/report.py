@@ -1,4 +1,4 @@
-"""Write the measured part of the README from the rows in `results/`.
+"""Write the measured parts of the README and of docs/gradients.md from the rows in `results/`.
 
     python benchmarks/report.py
 
@@ -17,7 +17,7 @@ from cases import GROUPS
 from results import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, GRADIENTS = ROOT / "README.md", ROOT / "docs" / "gradients.md"
 BEGIN, END = "<!-- measured: written by benchmarks/report.py -->", "<!-- end of measured -->"
 OURS = "triton_moe"
 RIVALS = {
@@ -174,19 +174,53 @@ def measured(folder: Path = RESULTS) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
-def with_measured(readme: str, folder: Path = RESULTS) -> str:
-    """The README's text with its measured part made anew."""
-    body = f"{BEGIN}\n{measured(folder)}\n{END}"
-    changed, count = re.subn(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: body, readme, flags=re.DOTALL)
+def gradients(folder: Path = RESULTS) -> str:
+    """A table a machine and dtype, a line a case and contestant: cosine similarity and relative error of dw1, dw2."""
+    path = folder / "gradients.csv"
+    newest_rows = {
+        tuple(row[key] for key in ("gpu", "dtype", "case", "contestant", "tensor")): row
+        for row in (rows_of(path) if path.exists() else [])
+    }
+    tables: dict[tuple[str, str], Rows] = {}
+    for row in newest_rows.values():
+        tables.setdefault((row["gpu"], row["dtype"]), []).append(row)
+    lines = []
+    for (_, dtype), rows in tables.items():
+        lines += [
+            f"{dtype} ({machines(rows)}; `benchmarks/results/gradients.csv`), cosine similarity / relative error:",
+            "",
+            "| case | layer | dw1 | dw2 |",
+            "|---|---|---|---|",
+        ]
+        figures = {
+            tuple(row[key] for key in ("case", "contestant", "tensor")): f"{row['cosine']} / {row['relative_error']}"
+            for row in rows
+        }
+        for case, contestant in dict.fromkeys((row["case"], row["contestant"]) for row in rows):
+            cells = " | ".join(figures[case, contestant, tensor] for tensor in ("dw1", "dw2"))
+            lines.append(f"| {case} | {contestant} | {cells} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def with_measured(document: str, body: str) -> str:
+    """The document's text with its measured part made anew."""
+    changed, count = re.subn(
+        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{body}\n{END}", document, flags=re.DOTALL
+    )
     if count != 1:
-        raise ValueError(f"README: expected one part between {BEGIN} and {END}, got {count}")
+        raise ValueError(f"document: expected one part between {BEGIN} and {END}, got {count}")
     return changed
+
+
+DOCUMENTS: dict[Path, Callable[[], str]] = {README: measured, GRADIENTS: gradients}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     if argv if argv is not None else sys.argv[1:]:
         raise SystemExit("usage: python benchmarks/report.py")
-    README.write_text(with_measured(README.read_text()))
+    for path, body in DOCUMENTS.items():
+        path.write_text(with_measured(path.read_text(), body()))
     return 0
 
 

@@ -255,9 +255,10 @@ def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
 
 
 class TestReport:
-    def test_readme_says_what_the_rows_say(self) -> None:
-        readme = report.README.read_text()
-        assert report.with_measured(readme) == readme
+    @pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
+    def test_documents_say_what_the_rows_say(self, path: Path) -> None:
+        document = path.read_text()
+        assert report.with_measured(document, report.DOCUMENTS[path]()) == document
 
     def test_newest_rows_alone(self, tmp_path: Path) -> None:
         path = tmp_path / "stress.csv"
@@ -277,5 +278,5 @@ class TestReport:
         assert report.speed(rows)[-1].endswith("| triton_moe2 / s | grouped_mm2 / s |")
 
     def test_a_readme_without_the_part_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"^README: expected one part between .*, got 0"):
-            report.with_measured("# Nothing measured")
+        with pytest.raises(ValueError, match=r"^document: expected one part between .*, got 0"):
+            report.with_measured("# Nothing measured", "")

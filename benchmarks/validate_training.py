@@ -1,0 +1,201 @@
+"""Train a small GPT twice from the same weights on the same text, with our MoE layers and with the block-sparse ones.
+
+    python benchmarks/validate_training.py
+
+Prints PASSED, or FAILED and what failed, and then exits with 1. What must hold, in fp32:
+
+- the losses of one seed agree step by step over the first 100 steps, within `FACTOR` times what the rounding of the
+  initial weights alone changes (a twin of our run, from weights moved by a unit roundoff), and a few roundings of a
+  loss;
+- on the inputs of each MoE layer at the second step (the head starts at zero, so that no gradient reaches the experts
+  in the first), output and every gradient pass the gate of bench_moe.py, ours and the baseline's;
+- the loss curves correlate at least by 0.9999, and the seeds' mean held-out loss differs by no more than seeds do.
+
+The last two alone prove little: a model whose experts get garbage for gradients learns nearly as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from baselines import block_sparse_module, stk_module
+from bench_moe import Gate, outcome
+from cases import BenchCase
+from contestants import CONTESTANTS
+from gradients import relative_error
+from layers import CannotRun
+from results import append, folder, provenance, text
+from torch import Tensor
+
+from triton_moe import MoEMLP
+from triton_moe.train.config import TrainConfig
+from triton_moe.train.data import Corpus, windows
+from triton_moe.train.gpt import MLPFactory
+from triton_moe.train.trainer import Trainer
+
+BASELINES: dict[str, MLPFactory] = {
+    "block_sparse": block_sparse_module,
+    "block_sparse_historical": partial(block_sparse_module, historical=True),
+    "stk": stk_module,
+    "stk_historical": partial(stk_module, historical=True),
+}
+OURS = "triton_moe"
+COMPARED_STEPS = 100
+FACTOR = 10.0
+LEAST_CORRELATION = 0.9999
+UNIT_ROUNDOFF = {"block_sparse": 2.0**-24, "stk": 2.0**-11}
+"""Of the products: fp32, and tf32, which stk's kernels use in fp32; beside stk, all the others may use it too."""
+
+CONFIG = TrainConfig(
+    expert_sizes=((4, 256), (4, 128)), hidden_size=128, num_layers=2, num_heads=4, context=64, batch_size=8, steps=500
+)
+QUICK_CONFIG = TrainConfig(
+    expert_sizes=((2, 32), (2, 16)), hidden_size=32, num_layers=2, num_heads=2, context=32, batch_size=8, steps=100
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    losses: Tensor
+    """(steps) fp64, nats a byte"""
+    held_out: float
+
+
+def start(config: TrainConfig, corpus: Corpus, device: torch.device, mlp: MLPFactory) -> Trainer:
+    return Trainer(config, corpus, device, mlp=mlp)
+
+
+def finish(trainer: Trainer, steps: int) -> Run:
+    losses = torch.stack([trainer.step() for _ in range(steps)]).double().cpu()
+    return Run(losses, trainer.loss_on(windows(trainer.corpus.held_out, trainer.config.context)))
+
+
+def perturb(trainer: Trainer, roundoff: float) -> Trainer:
+    """Move each weight by a random multiple of its unit roundoff."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.mul_(1 + roundoff * torch.randn(weight.shape, generator=generator).to(weight.device))
+    return trainer
+
+
+def layer_gradients(trainer: Trainer, baseline: str) -> tuple[dict[str, float], list[str]]:
+    """The baseline's and our largest relative error of dw1 and dw2 over the MoE layers, on their inputs and output
+    gradients at the second step, and what the gate says of them."""
+    seen: dict[int, list[Tensor]] = {}
+
+    def record(i: int, module: torch.nn.Module, args: tuple[Tensor], result: tuple[Tensor, dict, Tensor]) -> None:
+        seen[i] = [args[0].detach().flatten(0, 1)]
+        result[0].register_hook(lambda dout: seen[i].append(dout.flatten(0, 1)))
+
+    trainer.step()
+    layers = [module for module in trainer.model.modules() if isinstance(module, MoEMLP)]
+    states = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
+    handles = [layer.register_forward_hook(partial(record, i)) for i, layer in enumerate(layers)]
+    trainer.step()
+    for handle in handles:
+        handle.remove()
+
+    errors: dict[str, float] = {}
+    faults: list[str] = []
+    for i, (layer, state) in enumerate(zip(layers, states, strict=True)):
+        x, dout = seen[i]
+        dout = dout / dout.square().mean().sqrt()  # at unit scale, as the budget wants it
+        config = dataclasses.replace(layer.config, aux_losses=False)
+        gate = Gate(BenchCase(f"layer {i}", x.shape[0], config), state, x, dout)
+        for name in (OURS, baseline):
+            contestant = CONTESTANTS[name](config, state)
+            fault = gate.fault(name, contestant)
+            if fault:
+                faults.append(f"gradients of layer {i}, {name}: {fault}")
+            found = outcome(contestant, gate.x, gate.dout)
+            for tensor in ("dw1", "dw2"):
+                key = f"{'our' if name == OURS else 'baseline'}_{tensor}_error"
+                errors[key] = max(errors.get(key, 0.0), relative_error(found[tensor], gate.whole[tensor]))
+    return errors, faults
+
+
+def compare(ours: Run, theirs: Run, twin: Run, seed: int) -> tuple[dict[str, float], list[str]]:
+    """The columns of one seed, and what failed in it."""
+    loss_rounding = 8 * torch.finfo(torch.float32).eps * float(ours.losses.max())
+    head = ours.losses[:COMPARED_STEPS]
+    first, twin_first = ((run.losses[:COMPARED_STEPS] - head).abs() for run in (theirs, twin))
+    allowed = FACTOR * float(twin_first.max()) + loss_rounding
+    correlation = float(torch.corrcoef(torch.stack([ours.losses, theirs.losses]))[0, 1])
+    columns = {
+        "first_steps_difference": float(first.max()),
+        "rounding_difference": float(twin_first.max()),
+        "correlation": correlation,
+        "our_held_out_loss": ours.held_out,
+        "baseline_held_out_loss": theirs.held_out,
+    }
+    faults = []
+    if not float(first.max()) <= allowed:
+        step = int(first.argmax())
+        faults.append(f"losses of seed {seed}: {float(first.max()):.3g} apart at step {step}, allowed {allowed:.3g}")
+    if not correlation >= LEAST_CORRELATION:
+        faults.append(f"correlation of seed {seed}: {correlation:.6f}, less than {LEAST_CORRELATION}")
+    return columns, faults
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train ours and the baseline; rows go to validate_training.csv.")
+    parser.add_argument("--baseline", choices=list(BASELINES), default="block_sparse")
+    parser.add_argument("--steps", type=int, help="of each run (500; quick: 100)")
+    parser.add_argument("--seeds", type=int, help="how many, at least 2 (3; quick: 2)")
+    parser.add_argument("--data", type=Path, help="a file or folder of text (the Python standard library)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, for the CPU")
+    parser.add_argument("--out", type=Path, help="folder of the CSV file")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = folder(args.out, quick=args.quick, device=device) / "validate_training.csv"
+    config = QUICK_CONFIG if args.quick else CONFIG
+    config = dataclasses.replace(config, steps=args.steps or config.steps)
+    seeds = args.seeds or (2 if args.quick else 3)
+    if seeds < 2:
+        parser.error(f"--seeds: expected 2 or more, got {seeds}")
+    corpus, mlp = Corpus.load(args.data), BASELINES[args.baseline]
+    roundoff = UNIT_ROUNDOFF[args.baseline.removesuffix("_historical")]
+    if args.baseline.startswith("stk"):
+        torch.set_float32_matmul_precision("high")
+    print(f"{OURS} and {args.baseline}, {config.steps} steps, {seeds} seeds, fp32, on {corpus.source}", flush=True)
+
+    rows, faults = [], []
+    for seed in range(seeds):
+        of_seed = dataclasses.replace(config, seed=seed)
+        try:
+            theirs = finish(start(of_seed, corpus, device, mlp), config.steps)
+        except CannotRun as reason:
+            parser.error(str(reason))
+        ours = finish(start(of_seed, corpus, device, MoEMLP), config.steps)
+        twin = finish(perturb(start(of_seed, corpus, device, MoEMLP), roundoff), min(COMPARED_STEPS, config.steps))
+        columns, of_losses = compare(ours, theirs, twin, seed)
+        errors, of_gradients = layer_gradients(start(of_seed, corpus, device, MoEMLP), args.baseline)
+        faults += of_losses + of_gradients
+        row = {"baseline": args.baseline, "seed": seed, "steps": config.steps, **columns, **errors}
+        rows.append({**row, "result": "fail" if of_losses or of_gradients else "pass"})
+        print(", ".join(f"{name} {text(value)}" for name, value in rows[-1].items()), flush=True)
+
+    difference = statistics.fmean(row["baseline_held_out_loss"] - row["our_held_out_loss"] for row in rows)
+    ends = [row["our_held_out_loss"] for row in rows]
+    spread = max(ends) - min(ends)
+    print(f"held-out loss: the baseline's less ours {difference:.3g} in the mean; between seeds {spread:.3g}")
+    if not abs(difference) <= spread or not math.isfinite(difference):
+        faults.append(f"held-out losses: {abs(difference):.3g} apart in the mean, seeds {spread:.3g}")
+    append(path, [{**row, **provenance(device)} for row in rows])
+    print(f"Rows went to {path}.\n" + "\n".join(faults))
+    print("FAILED" if faults else "PASSED")
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The commands that compare gradients and training runs: what they print, and that they tell right from wrong."""
+
+import csv
+from pathlib import Path
+
+import gradients
+import pytest
+import torch
+import validate_training
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Text that a small model learns something from."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{n} and {n} make {2 * n}, and {n} times {n} makes {n * n}.\n" for n in range(2000)))
+    return path
+
+
+def test_training_the_baseline_and_ours_agrees(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--data", str(text), "--out", str(tmp_path)]
+    assert validate_training.main(arguments) == 0
+    assert capsys.readouterr().out.endswith("\nPASSED\n")
+    rows = rows_of(tmp_path / "validate_training.csv")
+    assert [(row["seed"], row["steps"], row["result"], row["gpu"]) for row in rows] == [
+        ("0", "100", "pass", "cpu"),
+        ("1", "100", "pass", "cpu"),
+    ]
+    for row in rows:
+        assert float(row["correlation"]) >= 0.9999
+        assert float(row["first_steps_difference"]) < 1e-4
+        assert 0 < float(row["our_dw1_error"]) < 1e-5
+
+
+def test_the_historical_baseline_fails(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its losses in the first steps and by its gradients; a run of it alone would look sound: its loss falls too."""
+    arguments = ["--quick", "--data", str(text), "--out", str(tmp_path), "--baseline", "block_sparse_historical"]
+    assert validate_training.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith("\nFAILED\n")
+    for seed in range(2):
+        assert f"\nlosses of seed {seed}: " in printed
+    assert "gradients of layer 0, block_sparse_historical: " in printed
+    assert "gradients of layer 0, triton_moe: " not in printed
+    for row in rows_of(tmp_path / "validate_training.csv"):
+        assert row["result"] == "fail"
+        assert float(row["baseline_dw1_error"]) > 0.5
+        assert float(row["correlation"]) > 0.99
+
+
+def test_a_baseline_that_cannot_run_is_named(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--data", str(text), "--out", str(tmp_path), "--baseline", "stk"]
+    with pytest.raises(SystemExit):
+        validate_training.main(arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_gradients(tmp_path: Path) -> None:
+    assert gradients.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "gradients.csv")
+    assert {row["contestant"] for row in rows} == set(gradients.ON_CPU)
+    for row in rows:
+        garbage = row["contestant"] == "block_sparse_historical" and row["tensor"] in ("dw1", "dw2", "dw3")
+        if garbage and row["case"] == "quick_variable":  # quick_uniform's experts are one block wide
+            assert float(row["relative_error"]) > 0.5
+        else:
+            assert float(row["relative_error"]) < 1e-5
+            assert float(row["cosine"]) > 0.9999
+
+
+def test_cosine_and_relative_error() -> None:
+    a = torch.tensor([1.0, 0.0])
+    assert gradients.cosine(a, torch.tensor([2.0, 0.0])) == 1
+    assert gradients.cosine(a, torch.tensor([0.0, 2.0])) == 0
+    assert gradients.relative_error(a, torch.tensor([2.0, 0.0])) == 0.5
