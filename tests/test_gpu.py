@@ -100,7 +100,11 @@ def test_a_new_batch_size_compiles_nothing() -> None:
     assert compiled() == before
 
 
-def test_addresses_past_int32() -> None:
+@pytest.mark.parametrize(
+    "backend",
+    ["triton", *(["hopper"] if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) else [])],
+)
+def test_addresses_past_int32(backend: str) -> None:
     """R * H and the ragged buffers exceed 2^31 elements; tokens at both ends are compared with small calls."""
     num_tokens, hidden_size, width, top_k = 140_000, 4096, 4096, 4
     if torch.cuda.get_device_properties(0).total_memory < 60e9:
@@ -120,12 +124,12 @@ def test_addresses_past_int32() -> None:
     weights = torch.rand(num_tokens, top_k, device="cuda", generator=generator).requires_grad_()
     assert num_tokens * top_k * hidden_size > 2**31
     assert num_tokens * top_k * width > 2**31
-    out = moe_mlp(x, weights, ids, w1, w2, layout=layout)
+    out = moe_mlp(x, weights, ids, w1, w2, layout=layout, backend=backend)
     dout = torch.ones_like(out)
     dx, dweights = torch.autograd.grad(out, (x, weights), dout)
     for part in (slice(0, 200), slice(num_tokens - 200, num_tokens)):
         few, few_weights = x[part].detach().requires_grad_(), weights[part].detach().requires_grad_()
-        small = moe_mlp(few, few_weights, ids[part], w1, w2, layout=layout)
+        small = moe_mlp(few, few_weights, ids[part], w1, w2, layout=layout, backend=backend)
         small_dx, small_dweights = torch.autograd.grad(small, (few, few_weights), dout[part])
         assert torch.equal(out[part], small)
         assert torch.equal(dx[part], small_dx)
