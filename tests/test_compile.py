@@ -39,8 +39,10 @@ for dtype, activation, widths, H in (
     routing = route(ids, layout)
     operands = (w1, w2, w3 if gated else None)
     moe_mlp.moe_mlp(x, weights, ids, *operands, layout, activation, "bounded", False, "auto").sum().backward()
-    routed = router.route_tokens(x, empty(len(widths), H), None, layout, 2, "softmax", True, True)
-    (routed.topk_weights.sum() + routed.router_z_loss + routed.load_balance_loss + routed.compute_loss).backward()
+    routed_weights, _, _, _, *losses, _, _ = router.route_tokens(
+        x, empty(len(widths), H), None, layout, 2, "softmax", True, True
+    )
+    (routed_weights.sum() + sum(losses)).backward()
     odd_widths = False  # the building blocks read a caller's buffer exactly to the width
     building_blocks.gather(x, routing=routing).sum().backward()
     x_up = building_blocks.grouped_gemm_up(x, w1, w3 if gated else None, routing=routing, activation=activation)
