@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import itertools
 import json
 import statistics
@@ -103,7 +102,6 @@ def write_row(
             "gpu": torch.cuda.get_device_name(device),
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "commit": f"triton-moe {importlib.metadata.version('triton-variable-moe')}",
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
     )
