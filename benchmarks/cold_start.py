@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from cases import CASES
-from results import append, folder, provenance, text
+from results import ROOT, append, folder, provenance, text
 
 FIRST_STEP = """
 import sys, time
@@ -37,7 +37,8 @@ print(time.perf_counter() - begun)
 
 
 def first_step_seconds(case: str, device: torch.device, cache: str) -> float:
-    environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": path}
     command = [sys.executable, "-c", FIRST_STEP, case, str(device)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parent, timeout=600
