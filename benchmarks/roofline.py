@@ -19,6 +19,7 @@ from report import RESULTS, Rows, newest, rows_of
 from results import ROOT
 
 matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "triton-moe"  # the same file from the same rows
 import matplotlib.pyplot as plt
 
 
@@ -34,7 +35,8 @@ def draw(rows: Rows, path: Path) -> None:
     for backend, marker in (("hopper", "o"), ("triton", "x")):
         of_backend = [row for row in placed if row["backend"] == backend]
         rates = [(float(row["tflops"]) / float(row["TBps"]), float(row["tflops"])) for row in of_backend]
-        axes.scatter(*zip(*rates, strict=True), marker=marker, label=backend) if rates else None
+        if rates:
+            axes.scatter(*zip(*rates, strict=True), marker=marker, label=backend)
         for row, place in zip(of_backend, rates, strict=True):
             axes.annotate(row["kernel"], place, textcoords="offset points", xytext=(5, 5))
     sums = [f"{row['kernel']} {float(row['TBps']) / copy:.0%}" for row in rows if row["kernel"].startswith("scatter")]
