@@ -19,8 +19,9 @@ from report import RESULTS, Rows, newest, rows_of
 from results import ROOT
 
 matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "triton-moe"  # the same file from the same rows
 import matplotlib.pyplot as plt
+
+plt.rcParams["svg.hashsalt"] = "triton-moe"  # the same file from the same rows
 
 
 def draw(rows: Rows, path: Path) -> None:
