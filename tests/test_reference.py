@@ -121,6 +121,51 @@ def test_gradients_of_moe_mlp(activation: str) -> None:
     assert torch.autograd.gradcheck(layer, (x, topk_weights, w1, w2, w3))
 
 
+def biases(activation: str, hidden_size: int = 3) -> dict[str, Tensor]:
+    S, E = LAYOUT.total_width, LAYOUT.num_experts
+    made = {"b1": normal(S, seed=6), "b2": normal(E, hidden_size, seed=7)}
+    return {**made, "b3": normal(S, seed=8)} if is_gated(activation) else made
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_moe_mlp_with_biases(activation: str) -> None:
+    x, topk_weights, ids, w1, w2, w3 = operands(activation)
+    given = biases(activation)
+
+    def layer(x, topk_weights, w1, w2, w3, *values):
+        named = dict(zip(given, values, strict=True))
+        return reference.moe_mlp(x, topk_weights, ids, w1, w2, w3, layout=LAYOUT, activation=activation, **named)
+
+    assert torch.autograd.gradcheck(layer, (x, topk_weights, w1, w2, w3, *given.values()))
+
+
+def test_biases_by_hand() -> None:
+    """H = 1, widths 1 and 0: `relu(2x + 1) * (3x - 1) + 5`; the null expert's bias is nobody's."""
+    b = {"b1": torch.tensor([1.0]), "b2": torch.tensor([[5.0], [7.0]]), "b3": torch.tensor([-1.0])}
+    out = reference.moe_mlp(
+        torch.tensor([[2.0]]), torch.tensor([[0.5, 2.0]]), torch.tensor([[0, 1]]), torch.tensor([[2.0]]),
+        torch.tensor([[1.0]]), torch.tensor([[3.0]]), layout=ExpertLayout((1, 0)), activation="reglu", **b,
+    )  # fmt: skip
+    assert out.item() == 0.5 * (5 * 5 + 5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_biases_are_inputs_of_one(activation: str) -> None:
+    """b1 and b3 as rows of w1 and w3 for a column of ones in x; b2 as one more expert's, known by its tokens."""
+    x, topk_weights, ids, w1, w2, w3 = operands(activation)
+    b = biases(activation)
+    out = reference.moe_mlp(x, topk_weights, ids, w1, w2, w3, layout=LAYOUT, activation=activation, **b)
+    wide_x, wide_w2 = torch.cat([x, torch.ones(5, 1)], dim=1), torch.cat([w2, torch.zeros(6, 1)], dim=1)
+    wide_w1 = torch.cat([w1, b["b1"][None]])
+    wide_w3 = None if w3 is None else torch.cat([w3, b["b3"][None]])
+    expected = reference.moe_mlp(
+        wide_x, topk_weights, ids, wide_w1, wide_w2, wide_w3, layout=LAYOUT, activation=activation
+    )[:, :3]
+    for t, k in ((t, k) for t in range(5) for k in range(2) if 0 <= ids[t, k] < 4 and LAYOUT.widths[ids[t, k]]):
+        expected = expected.index_add(0, torch.tensor([t]), (topk_weights[t, k] * b["b2"][ids[t, k]])[None])
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_of_up_and_activation(activation: str) -> None:
     x, _, _, w1, _, w3 = operands(activation)
@@ -258,3 +303,5 @@ def test_errors() -> None:
         call(None, "swiglu")
     with pytest.raises(ValueError, match="w3: expected None with an activation that is not gated, got a tensor"):
         call(w3, "silu")
+    with pytest.raises(ValueError, match="b3: expected None with an activation that is not gated, got a tensor"):
+        reference.grouped_gemm_up(x, w1, b3=w1[0], routing=routing(), activation="silu")

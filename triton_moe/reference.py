@@ -104,11 +104,19 @@ def gather(x: Tensor, *, routing: Routing) -> Tensor:
     return rows
 
 
-def pre_activation(x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing) -> Tensor:
-    """`h = x w1_e`, or the halves `(x w1_e, x w3_e)` of a gated MLP, for every row of every expert.
+def pre_activation(
+    x: Tensor,
+    w1: Tensor,
+    w3: Tensor | None = None,
+    b1: Tensor | None = None,
+    b3: Tensor | None = None,
+    *,
+    routing: Routing,
+) -> Tensor:
+    """`h = x w1_e + b1_e`, or the halves `(x w1_e + b1_e, x w3_e + b3_e)` of a gated MLP, for every row of an expert.
 
-    `x (T, H)`, `w1` and `w3` `(H, S)` -> the flat ragged buffer of 1 part, or of 2 with w3: gate half, then up half, in
-    each row. Zeros wherever there is no activation.
+    `x (T, H)`, `w1` and `w3` `(H, S)`, `b1` and `b3` `(S)` or None for zeros -> the flat ragged buffer of 1 part, or of
+    2 with w3: gate half, then up half, in each row. Zeros wherever there is no activation.
     """
     parts = 1 if w3 is None else 2
     rows = gather(x, routing=routing)
@@ -116,8 +124,9 @@ def pre_activation(x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: 
     for expert in range(routing.layout.num_experts):
         columns = routing.layout.columns(expert)
         x_e = rows[_rows_of(routing, expert)]
-        for part, w in enumerate((w1, w3)[:parts]):
-            routing.ragged_block(pre, expert, part, parts).copy_(x_e @ w[:, columns])  # type: ignore[index]
+        for part, (w, b) in enumerate(((w1, b1), (w3, b3))[:parts]):
+            h = x_e @ w[:, columns]  # type: ignore[index]
+            routing.ragged_block(pre, expert, part, parts).copy_(h if b is None else h + b[columns])
     return pre
 
 
@@ -141,25 +150,36 @@ _activate = activation  # the operator, where an argument has its name
 
 
 def grouped_gemm_up(
-    x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing, activation: str = "relu_squared"
+    x: Tensor,
+    w1: Tensor,
+    w3: Tensor | None = None,
+    b1: Tensor | None = None,
+    b3: Tensor | None = None,
+    *,
+    routing: Routing,
+    activation: str = "relu_squared",
 ) -> Tensor:
-    """`act(x w1_e)`, gated `act(x w1_e) * (x w3_e)`: `x (T, H)`, `w1` and `w3` `(H, S)` -> a flat ragged buffer.
+    """`act(h)`, gated `act(gate) * up`, of `pre_activation`'s arguments: a flat ragged buffer.
 
-    Raises ValueError on an unknown activation, or if w3 is missing for a gated one or given for another.
+    Raises ValueError on an unknown activation, or if w3 is missing for a gated one, or w3 or b3 given for another.
     """
     gated = _is_gated(activation)
     if gated != (w3 is not None):
         expected = "the up weights of a gated activation" if gated else "None with an activation that is not gated"
         raise ValueError(f"w3: expected {expected}, got {None if w3 is None else 'a tensor'}")
-    return _activate(pre_activation(x, w1, w3, routing=routing), routing=routing, activation=activation)
+    if b3 is not None and not gated:
+        raise ValueError("b3: expected None with an activation that is not gated, got a tensor")
+    return _activate(pre_activation(x, w1, w3, b1, b3, routing=routing), routing=routing, activation=activation)
 
 
-def grouped_gemm_down(x_up: Tensor, w2: Tensor, *, routing: Routing) -> Tensor:
-    """`y = a w2_e`: the flat ragged buffer of activations and `w2 (S, H)` -> `(R, H)`, zeros past the last row."""
+def grouped_gemm_down(x_up: Tensor, w2: Tensor, b2: Tensor | None = None, *, routing: Routing) -> Tensor:
+    """`y = a w2_e + b2_e`: the flat ragged buffer of activations, `w2 (S, H)`, `b2 (E, H)` or None for zeros -> `(R,
+    H)`, zeros past the last row."""
     y = x_up.new_zeros(routing.num_rows, w2.shape[1])
     for expert in range(routing.layout.num_experts):
         a = routing.ragged_block(x_up, expert)
-        y[_rows_of(routing, expert)] = a @ w2[routing.layout.columns(expert)]
+        y_e = a @ w2[routing.layout.columns(expert)]
+        y[_rows_of(routing, expert)] = y_e if b2 is None else y_e + b2[expert]
     return y
 
 
@@ -187,8 +207,12 @@ def moe_mlp(
     *,
     layout: ExpertLayout,
     activation: str = "relu_squared",
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    b3: Tensor | None = None,
 ) -> Tensor:
-    """`out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](x[t])`, where expert e is `act(x w1_e) w2_e`.
+    """`out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](x[t])`, where expert e is `act(x w1_e + b1_e) w2_e +
+    b2_e`.
 
     Args:
         x: `(T, H)`.
@@ -198,14 +222,16 @@ def moe_mlp(
         w2: `(S, H)`.
         layout: the experts' widths and offsets.
         activation: a name in `PLAIN` or `GATED`.
+        b1, b3: `(S)` or None for zeros; b3 only with a gated activation.
+        b2: `(E, H)` or None for zeros. A null expert's row adds nothing.
 
     Returns:
         `(T, H)` of x's dtype.
 
     Raises:
-        ValueError: an unknown activation, or w3 missing or superfluous for it.
+        ValueError: an unknown activation, or w3 missing or superfluous for it, or b3 superfluous.
     """
     routing = route(topk_ids, layout)
-    x_up = grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
-    y = grouped_gemm_down(x_up, w2, routing=routing)
+    x_up = grouped_gemm_up(x, w1, w3, b1, b3, routing=routing, activation=activation)
+    y = grouped_gemm_down(x_up, w2, b2, routing=routing)
     return scatter(y, topk_weights, routing=routing)
