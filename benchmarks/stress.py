@@ -28,7 +28,7 @@ from torch import Tensor
 
 from triton_moe import moe_mlp
 from triton_moe.activations import ACTIVATIONS
-from triton_moe.testing import Case, check_against_oracle, make_inputs, poison_empty, run
+from triton_moe.testing import BIASES, Case, check_against_oracle, make_inputs, poison_empty, run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_PROFILES = 2 * len(DTYPES) * len(ACTIVATIONS)
@@ -69,6 +69,7 @@ def draw(seed: int, max_tokens: int = 300) -> Draw:
     tokens = min(16, max_tokens) if activation in ("relu", "reglu") else max_tokens
     routing = rng.choice(ROUTINGS)
     case = Case(
+        bias=profile % 4 == 1,  # every dtype, every activation, and no draw differs in anything else
         num_tokens=rng.randint(0, tokens) if rng.random() < 0.9 else rng.randint(0, 2),
         hidden_size=rng.choice(hidden_sizes),
         widths=tuple(widths),
@@ -101,6 +102,7 @@ def _on_device(given: Draw, device: torch.device, backend: str) -> Callable[...,
     """`moe_mlp` on the device for arguments on the CPU, laid out in memory as drawn; gradients come back to the CPU."""
 
     def moved(x, topk_weights, topk_ids, w1, w2, w3, **options) -> Tensor:
+        options |= {name: options[name].to(device) for name in BIASES if name in options}
         x, topk_weights, topk_ids, w1, w2 = (tensor.to(device) for tensor in (x, topk_weights, topk_ids, w1, w2))
         w3 = None if w3 is None else w3.to(device)
         if given.x_strides == "wide rows":

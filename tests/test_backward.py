@@ -1,5 +1,6 @@
 """moe_mlp on the kernels, output and every gradient, within the error budget of the fp64 oracle."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from operators import inputs_for
 from triton_moe import moe_mlp
 from triton_moe.activations import ACTIVATIONS
-from triton_moe.testing import CASES, SEED_CASES, Case, check_against_oracle, make_inputs, poison_empty, run
+from triton_moe.testing import BIASES, CASES, SEED_CASES, Case, check_against_oracle, make_inputs, poison_empty, run
 
 kernels = functools.partial(moe_mlp, backend="triton")
 
@@ -25,9 +26,10 @@ def test_cases(case: Case, device: str, dtype: torch.dtype) -> None:
         check_against_oracle(kernels, inputs_for(case, dtype, device))
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation(activation: str, device: str, dtype: torch.dtype) -> None:
-    case = Case(21, 24, (16, 5, 0, 33), 3, activation, reason="every activation")
+def test_every_activation(activation: str, bias: bool, device: str, dtype: torch.dtype) -> None:
+    case = Case(21, 24, (16, 5, 0, 33), 3, activation, bias=bias, reason="every activation")
     with poison_empty():
         check_against_oracle(kernels, inputs_for(case, dtype, device))
 
@@ -39,25 +41,47 @@ def test_gradient_of_narrow_weights_is_narrow(device: str, dtype: torch.dtype) -
     check_against_oracle(kernels, inputs)
 
 
-@pytest.mark.parametrize("frozen", range(5))
-def test_only_what_is_asked_for(frozen: int, device: str) -> None:
-    """One operand at a time needs no gradient; the others' are what they were."""
-    inputs = inputs_for(Case(21, 24, (16, 5, 0, 33), 3, "swiglu", reason="frozen"), torch.float32, device)
+OPERANDS = ("x", "topk_weights", "w1", "w2", "w3", "b1", "b2", "b3")
+
+
+@pytest.mark.parametrize(
+    "asked", [*([name] for name in OPERANDS), *([n for n in OPERANDS if n != m] for m in OPERANDS)]
+)
+def test_only_what_is_asked_for(asked: list[str], device: str) -> None:
+    """One operand alone needs a gradient, or all but one: it is what it was."""
+    inputs = inputs_for(Case(21, 24, (16, 5, 0, 33), 3, "swiglu", bias=True, reason="frozen"), torch.float32, device)
     everything = run(kernels, inputs)
-    names = ("dx", "dtopk_weights", "dw1", "dw2", "dw3")
-    operands = [t.clone() for t in (inputs.x, inputs.topk_weights, inputs.w1, inputs.w2, inputs.w3) if t is not None]
-    for i, operand in enumerate(operands):
-        operand.requires_grad_(i != frozen)
-    x, topk_weights, w1, w2, w3 = operands
-    kernels(x, topk_weights, inputs.topk_ids, w1, w2, w3, layout=inputs.layout, activation="swiglu").backward(
-        inputs.dout
-    )
-    for i, (name, operand) in enumerate(zip(names, operands, strict=True)):
-        if i == frozen:
-            assert operand.grad is None
-        else:
+    operands = {name: getattr(inputs, name).clone().requires_grad_(name in asked) for name in OPERANDS}
+    out = kernels(topk_ids=inputs.topk_ids, layout=inputs.layout, activation="swiglu", **operands)
+    with poison_empty():
+        out.backward(inputs.dout)
+    for name, operand in operands.items():
+        if name in asked:
             assert operand.grad is not None, name
-            assert torch.equal(operand.grad, everything[name]), name
+            assert torch.equal(operand.grad, everything[f"d{name}"]), name
+        else:
+            assert operand.grad is None
+
+
+@pytest.mark.parametrize("given", [["b1"], ["b2"], ["b3"], ["b1", "b3"]])
+@pytest.mark.parametrize("routing", ["random", "repeated"])
+def test_any_of_the_biases(given: list[str], routing: str, device: str, dtype: torch.dtype) -> None:
+    inputs = inputs_for(Case(21, 24, (16, 5, 0, 33), 3, "geglu", routing, bias=True, reason="some"), dtype, device)
+    without = {name: None for name in BIASES if name not in given}
+    with poison_empty():
+        check_against_oracle(kernels, dataclasses.replace(inputs, **without))
+
+
+def test_a_bias_nobody_adds_has_a_gradient_of_zeros(device: str) -> None:
+    inputs = inputs_for(
+        Case(9, 8, (8, 0, 5), 1, "swiglu", "one expert", bias=True, reason="idle"), torch.float32, device
+    )
+    with poison_empty():
+        grads = run(kernels, inputs)
+    assert not grads["db1"][8:].any()
+    assert not grads["db3"][8:].any()
+    assert not grads["db2"][1:].any()
+    assert all(grads[name].any() for name in ("db1", "db2", "db3"))
 
 
 def test_expanded_output_gradient(device: str, dtype: torch.dtype) -> None:

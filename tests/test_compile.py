@@ -38,7 +38,11 @@ for dtype, activation, widths, H in (
     ids, weights = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(64, 2, requires_grad=True)
     routing = route(ids, layout)
     operands = (w1, w2, w3 if gated else None)
-    moe_mlp.moe_mlp(x, weights, ids, *operands, layout, activation, "bounded", False, "auto").sum().backward()
+    biases = (empty(S), empty(len(widths), H), empty(S) if gated else None)
+    for given in ((None,) * 3, biases):
+        odd_widths = odd_widths and given is not biases  # which are read exactly to the width
+        out = moe_mlp.moe_mlp(x, weights, ids, *operands, *given, layout, activation, "bounded", False, "auto")
+        out.sum().backward()
     routed_weights, _, _, _, *losses, _, _ = router.route_tokens(
         x, empty(len(widths), H), None, layout, 2, "softmax", True, True
     )
@@ -57,6 +61,7 @@ def test_compiles_within_shared_memory(capability: int) -> None:
     names = {name for name, *_ in compiled}
     assert {f"grouped_gemm_{name}_kernel" for name in ("up_fwd", "down_fwd", "dh", "dw")} <= names
     assert {"route_count_kernel", "route_place_kernel", "gather_fwd_kernel", "scatter_fwd_kernel"} <= names
+    assert {"up_bias_bwd_kernel", "down_bias_bwd_kernel", "bias_dweights_kernel"} <= names
     assert {"router_fwd_kernel", "router_finish_kernel", "router_bwd_kernel"} <= names
     assert {"activation_bwd_kernel", "scatter_bwd_weights_kernel", "sum_partials_kernel", "transpose_kernel"} <= names
     assert [(name, shared) for name, shared, *_ in compiled if shared > 1024 * SHARED_MEMORY[capability]] == []

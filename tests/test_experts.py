@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from triton_moe import DenseMLP, ExpertLayout, Experts, MoEConfig, MoEMLP, reference
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.router import router_logits, select_experts, weigh_experts
-from triton_moe.testing import Case, check_against_oracle, make_inputs, poison_empty
+from triton_moe.testing import BIASES, Case, check_against_oracle, make_inputs, poison_empty
 
 H = 16
 SIZES = [(2, 8), (2, 0), (2, 24), (1, 0)]
@@ -49,19 +49,44 @@ def test_a_router_of_ones_own(activation: str, device: str) -> None:
     assert router.weight.grad.any()
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_is_moe_mlp(activation: str, device: str, dtype: torch.dtype) -> None:
+def test_is_moe_mlp(activation: str, bias: bool, device: str, dtype: torch.dtype) -> None:
     """Output and gradients within the budget, the module's weights taken from the inputs."""
     pytest.importorskip("triton")
-    inputs = make_inputs(Case(21, H, LAYOUT.widths, 2, activation, reason="null experts among others"), dtype, device)
-    experts = Experts(LAYOUT, H, activation, device=device, dtype=dtype, backend="triton")
+    case = Case(21, H, LAYOUT.widths, 2, activation, bias=bias, reason="null experts among others")
+    inputs = make_inputs(case, dtype, device)
+    experts = Experts(LAYOUT, H, activation, bias=bias, device=device, dtype=dtype, backend="triton")
 
-    def run(x, topk_weights, topk_ids, w1, w2, w3, *, layout, activation):
-        weights = {name: weight for name, weight in (("w1", w1), ("w2", w2), ("w3", w3)) if weight is not None}
+    def run(x, topk_weights, topk_ids, w1, w2, w3, *, layout, activation, **biases):
+        weights = {"w1": w1, "w2": w2, **biases} | ({} if w3 is None else {"w3": w3})
+        assert set(weights) == set(experts.state_dict())
         return torch.func.functional_call(experts, weights, (x, topk_weights, topk_ids))
 
     with poison_empty():
         check_against_oracle(run, inputs)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_layer_with_biases(activation: str) -> None:
+    """They start at 0, where the layer is the one without; each has a gradient; and the shared expert has none."""
+    torch.manual_seed(0)
+    layer = MoEMLP(MoEConfig(SIZES, 2, H, activation=activation, bias=True, shared_width=4))
+    other = MoEMLP(MoEConfig(SIZES, 2, H, activation=activation, shared_width=4))
+    names = {"b1", "b2", "b3"} if activation == "swiglu" else {"b1", "b2"}
+    assert set(layer.state_dict()) == {*other.state_dict(), *names}
+    assert layer.b2 is not None
+    assert layer.b2.shape == (LAYOUT.num_experts, H)
+    for name in names:
+        assert not getattr(layer, name).any()
+    other.load_state_dict({name: value for name, value in layer.state_dict().items() if name not in names})
+    x = torch.randn(5, H)
+    assert torch.equal(layer(x)[0], other(x)[0])
+    layer(x)[0].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert all(getattr(layer, name).grad.any() for name in names)
+    with pytest.raises(ValueError, match="bias: expected one of True, False, got 1"):
+        MoEConfig(SIZES, 2, H, bias=1)  # type: ignore[arg-type]
 
 
 def test_an_unknown_option() -> None:
@@ -121,11 +146,12 @@ def test_null_experts_with_one_logit(activation: str) -> None:
 
 
 def test_all_options_from_meta() -> None:
-    config = MoEConfig(SIZES, 2, H, activation="swiglu", shared_null_logit=True, shared_width=12)
+    config = MoEConfig(SIZES, 2, H, activation="swiglu", bias=True, shared_null_logit=True, shared_width=12)
     layer = MoEMLP(config, device="meta")
     with poison_empty():
         layer.to_empty(device="cpu")
     layer.init_params()
     layer._init_buffers()
-    assert all(parameter.isfinite().all() and parameter.any() for parameter in layer.parameters())
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    assert all(bool(parameter.any()) != (name in BIASES) for name, parameter in layer.named_parameters())
     assert layer(torch.randn(5, H))[0].isfinite().all()

@@ -38,12 +38,20 @@ def ids(device: str) -> Tensor:
     return torch.randint(0, E + 1, (T, K), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_moe_mlp(activation: str, device: str) -> None:
+def of_moe_mlp(activation: str, device: str, with_biases: bool) -> tuple:
+    """What its operators take first."""
     x, w1, w2 = (normal(*shape, device=device) for shape in ((T, H), (H, S), (S, H)))
     w3 = normal(H, S, device=device) if is_gated(activation) else None
     weights = torch.rand(T, K, device=device, requires_grad=True)
-    arguments = (x, weights, ids(device), w1, w2, w3, LAYOUT.widths, activation)
+    b1, b2, b3 = (normal(*shape, device=device) if with_biases else None for shape in ((S,), (E, H), (S,)))
+    b3 = b3 if is_gated(activation) else None
+    return x, weights, ids(device), w1, w2, w3, b1, b2, b3, LAYOUT.widths, activation
+
+
+@pytest.mark.parametrize("with_biases", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_moe_mlp(activation: str, with_biases: bool, device: str) -> None:
+    arguments = of_moe_mlp(activation, device, with_biases)
     opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, True, "auto"))
     with torch.no_grad():
         opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, False, "auto"))

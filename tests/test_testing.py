@@ -1,5 +1,6 @@
 """The error budget tells right from wrong: other orders of summation pass, planted faults do not, in every dtype."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -24,7 +25,9 @@ in_each_dtype = pytest.mark.parametrize("float_dtype", [torch.float32, torch.flo
 CASE = Case(48, 40, (33, 16, 0, 64), 2, "swiglu", reason="room for a tile")
 
 
-def in_another_order(x, topk_weights, topk_ids, w1, w2, w3=None, *, layout, activation) -> Tensor:
+def in_another_order(
+    x, topk_weights, topk_ids, w1, w2, w3=None, *, layout, activation, b1=None, b2=None, b3=None
+) -> Tensor:
     """Sums over H, over the width and over K from the far end, the first in two halves."""
     turned = torch.cat([torch.arange(o, o + i).flip(0) for o, i in zip(layout.offsets, layout.widths, strict=True)])
     half = x.shape[1] // 2
@@ -32,6 +35,8 @@ def in_another_order(x, topk_weights, topk_ids, w1, w2, w3=None, *, layout, acti
     out = reference.moe_mlp(
         x[:, far], topk_weights.flip(1), topk_ids.flip(1), w1[far][:, turned], w2[turned][:, far],
         None if w3 is None else w3[far][:, turned], layout=layout, activation=activation,
+        b1=None if b1 is None else b1[turned], b2=None if b2 is None else b2[:, far],
+        b3=None if b3 is None else b3[turned],
     )  # fmt: skip
     return out[:, far.argsort()]
 
@@ -41,7 +46,8 @@ def in_another_order(x, topk_weights, topk_ids, w1, w2, w3=None, *, layout, acti
 def test_another_order_of_summation_passes(case: Case, float_dtype: torch.dtype) -> None:
     inputs = make_inputs(case, float_dtype, "cpu")
     errors = check_against_oracle(in_another_order, inputs)
-    names = ["out", "dx", "dtopk_weights", "dw1", "dw2"] + ["dw3"] * (inputs.w3 is not None)
+    given = ("x", "topk_weights", "w1", "w2", "w3", "b1", "b2", "b3")
+    names = ["out", *(f"d{name}" for name in given if getattr(inputs, name) is not None)]
     assert list(errors) == names
 
 
@@ -56,6 +62,36 @@ def without_an_expert(x, topk_weights, topk_ids, *weights, layout, **options) ->
 
 def gate_and_up_swapped(x, topk_weights, topk_ids, w1, w2, w3, **options) -> Tensor:
     return reference.moe_mlp(x, topk_weights, topk_ids, w3, w2, w1, **options)
+
+
+def without_a_bias(*operands, b1, **options) -> Tensor:
+    return reference.moe_mlp(*operands, b1=0 * b1, **options)
+
+
+def biases_swapped(*operands, b1, b3, **options) -> Tensor:
+    return reference.moe_mlp(*operands, b1=b3, b3=b1, **options)
+
+
+def bias_of_another_expert(*operands, b2, **options) -> Tensor:
+    return reference.moe_mlp(*operands, b2=b2.roll(1, 0), **options)
+
+
+@in_each_dtype
+@pytest.mark.parametrize("fault", [without_a_bias, biases_swapped, bias_of_another_expert])
+def test_wrong_biases_fail(fault, float_dtype: torch.dtype) -> None:
+    case = dataclasses.replace(CASE, bias=True)
+    with pytest.raises(AssertionError, match="moe_mlp out: error budget exceeded"):
+        check_against_oracle(fault, make_inputs(case, float_dtype, "cpu"))
+
+
+def test_biases_change_no_other_input() -> None:
+    with_biases, without = (make_inputs(dataclasses.replace(CASE, bias=b), torch.float32, "cpu") for b in (True, False))
+    for name, value in vars(without).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, getattr(with_biases, name)), name
+    assert without.b1 is None
+    assert with_biases.b1 is not None
+    assert with_biases.b3 is not None
 
 
 def unweighted(x, topk_weights, *operands, **options) -> Tensor:

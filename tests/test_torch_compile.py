@@ -55,6 +55,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         {},
         {"recompute": True},
         {"activation": "gelu", "aux_losses": False},
+        {"bias": True},
         {"balancing": BiasBalancing()},
         {"balancing": BiasBalancing(update_in_forward=True)},
         {"load_balance": "sequence"},

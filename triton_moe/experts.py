@@ -20,12 +20,16 @@ class Experts(nn.Module):
     torch.Size([5, 16])
 
     Parameters: `w1 (H, S)`, `w2 (S, H)`, for gated activations `w3 (H, S)`, w1 being the gate. Expert e owns the
-    columns `layout.columns(e)` of w1 and w3 and the same rows of w2.
+    columns `layout.columns(e)` of w1 and w3 and the same rows of w2. With `bias` also `b1 (S)`, `b2 (E, H)`, and for
+    gated activations `b3 (S)`.
     """
 
     w1: nn.Parameter
     w2: nn.Parameter
     w3: nn.Parameter | None
+    b1: nn.Parameter | None
+    b2: nn.Parameter | None
+    b3: nn.Parameter | None
 
     def __init__(
         self,
@@ -33,13 +37,14 @@ class Experts(nn.Module):
         hidden_size: int,
         activation: str = "relu_squared",
         *,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: str | bool,
     ) -> None:
         """`options`: `backend`, `activation_memory` and `recompute` of `moe_mlp`."""
         super().__init__()
-        self._register_experts(layout, hidden_size, activation, device, dtype, options)
+        self._register_experts(layout, hidden_size, activation, bias, device, dtype, options)
         self.init_params()
 
     def _register_experts(
@@ -47,6 +52,7 @@ class Experts(nn.Module):
         layout: ExpertLayout,
         hidden_size: int,
         activation: str,
+        bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         options: dict[str, str | bool],
@@ -56,11 +62,20 @@ class Experts(nn.Module):
             raise TypeError(f"options: expected backend, activation_memory and recompute, got {', '.join(unknown)}")
         self.layout, self._moe_mlp_options = layout, {"activation": activation, **options}
         _register_weights(self, hidden_size, layout.total_width, activation, device, dtype)
+        sizes = {"b1": (layout.total_width,), "b2": (layout.num_experts, hidden_size), "b3": (layout.total_width,)}
+        for name, size in sizes.items():
+            has_bias = bias and (name != "b3" or is_gated(activation))
+            value = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if has_bias else None
+            self.register_parameter(name, value)
 
     @torch.no_grad()
     def init_params(self) -> None:
-        """Draw every weight from a normal distribution of std 1 / sqrt(fan-in), for w2 the expert's own width."""
+        """Draw every weight from a normal distribution of std 1 / sqrt(fan-in), for w2 the expert's own width. Biases
+        are 0."""
         _init_up(self)
+        for value in (self.b1, self.b2, self.b3):
+            if value is not None:
+                value.zero_()
         for e, width in enumerate(self.layout.widths):
             if width:
                 self.w2[self.layout.columns(e)].normal_(std=width**-0.5)
@@ -72,8 +87,9 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """`moe_mlp`: `x (..., H)`, weights and ids `(T, K)` from any router -> x's shape and dtype."""
         return moe_mlp(
-            x, topk_weights, topk_ids, self.w1, self.w2, self.w3, layout=self.layout, **self._moe_mlp_options
-        )  # type: ignore[arg-type]
+            x, topk_weights, topk_ids, self.w1, self.w2, self.w3, layout=self.layout, b1=self.b1, b2=self.b2,
+            b3=self.b3, **self._moe_mlp_options,  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 class DenseMLP(nn.Module):

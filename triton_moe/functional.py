@@ -41,7 +41,7 @@ def _check_device(tensor: Tensor, argument: str, device: torch.device) -> None:
         _fail(argument, f"a tensor on {device}", tensor.device)
 
 
-def _check_matrix(tensor: Tensor, argument: str, shape: tuple[int, int], like: Tensor) -> None:
+def _check_operand(tensor: Tensor, argument: str, shape: tuple[int, ...], like: Tensor) -> None:
     _check_type(tensor, Tensor, argument, "a tensor")
     if tensor.shape != shape:
         _fail(argument, f"shape {shape}", tuple(tensor.shape))
@@ -60,15 +60,29 @@ def _check_weights(
     w1: Tensor, w2: Tensor | None, w3: Tensor | None, like: Tensor, hidden_size: int, layout: ExpertLayout, gated: bool
 ) -> None:
     shape = (hidden_size, layout.total_width)
-    _check_matrix(w1, "w1", shape, like)
+    _check_operand(w1, "w1", shape, like)
     if w2 is not None:
-        _check_matrix(w2, "w2", (layout.total_width, hidden_size), like)
+        _check_operand(w2, "w2", (layout.total_width, hidden_size), like)
     if gated:
         if w3 is None:
             _fail("w3", "the up weights of a gated activation", None)
-        _check_matrix(w3, "w3", shape, like)
+        _check_operand(w3, "w3", shape, like)
     elif w3 is not None:
         _fail("w3", "None with an activation that is not gated", "a tensor")
+
+
+def _check_biases(
+    b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, like: Tensor, hidden_size: int, layout: ExpertLayout,
+    gated: bool,
+) -> None:  # fmt: skip
+    if b3 is not None and not gated:
+        _fail("b3", "None with an activation that is not gated", "a tensor")
+    if b1 is not None:
+        _check_operand(b1, "b1", (layout.total_width,), like)
+    if b2 is not None:
+        _check_operand(b2, "b2", (layout.num_experts, hidden_size), like)
+    if b3 is not None:
+        _check_operand(b3, "b3", (layout.total_width,), like)
 
 
 def _check_ids(topk_ids: Tensor, layout: ExpertLayout) -> None:
@@ -170,14 +184,6 @@ def _is_captured(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _check_reserved(**options: tuple[object, object]) -> None:
-    """Each option's value and default: what is not supported yet must not be taken silently."""
-    for name, (value, default) in options.items():
-        if value is not default and value != default:
-            got = repr(value) if isinstance(value, (str, bool)) else type(value).__name__
-            _fail(name, f"{default!r}, all that is supported so far", got)
-
-
 def _autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
@@ -207,8 +213,9 @@ def moe_mlp(
 ) -> Tensor:
     """Mixture of experts of any width: `out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](x[t])`.
 
-    Expert e is `act(x w1_e) w2_e`, or `(act(x w1_e) * (x w3_e)) w2_e` for a gated activation, with `w1_e` its columns
-    of the packed weights (`layout.columns(e)`).
+    Expert e is `act(x w1_e + b1_e) w2_e + b2_e`, or `(act(x w1_e + b1_e) * (x w3_e + b3_e)) w2_e + b2_e` for a gated
+    activation, with `w1_e` its columns of the packed weights (`layout.columns(e)`). An expert of width 0 adds nothing,
+    not its bias either.
 
     Args:
         x: `(T, H)` or `(..., H)` of any strides; float32, bfloat16 or float16 (any float dtype in plain PyTorch).
@@ -217,25 +224,26 @@ def moe_mlp(
             nothing; so does any other id out of range, which raises if the environment has TRITON_MOE_CHECK_IDS=1.
         w1, w3: `(H, S)`, x's dtype, either orientation in memory. w3 only with a gated activation; w1 is the gate.
         w2: `(S, H)`, likewise.
+        b1, b3: `(S)`, x's dtype, or None for none; b3 only with a gated activation.
+        b2: `(E, H)`, likewise.
         layout: the experts' widths and offsets.
         activation: one of `triton_moe.activations.ACTIVATIONS`.
         backend: "hopper" (compute capability 9.0, 16 bits, H and every width a multiple of 64), "triton" (CUDA, compute
             capability 8.0 or later), "torch" (any device), or "auto": the fastest that can. That is "hopper" from
-            `T K * H * mean width` of 2^35 on; below, an eager call waits for the host, to which it costs more.
+            `T K * H * mean width` of 2^35 on; below, an eager call waits for the host, to which it costs more. Biases
+            are added by the kernels of "triton" in any case.
         activation_memory: "bounded" sizes what is kept for backward by the widest expert, from what the host knows;
             "exact" by the routing, for which it reads one number back, not while a CUDA graph is captured.
         recompute: keep x and the routing alone, and compute the pre-activation once more in backward.
-        b1, b2, b3: reserved; anything but None raises.
 
     Returns:
         x's shape and dtype; under autocast its dtype, to which x and the weights are cast first, as by nn.Linear.
-        Differentiable in x, topk_weights, w1, w2 and w3; the same inputs give the same bits. On CUDA nothing is read
-        back to the host.
+        Differentiable in all tensors but topk_ids; the same inputs give the same bits. On CUDA nothing is read back to
+        the host.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
     """
-    _check_reserved(b1=(b1, None), b2=(b2, None), b3=(b3, None))
     if activation_memory not in ACTIVATION_MEMORY:
         _fail("activation_memory", f"one of {', '.join(ACTIVATION_MEMORY)}", repr(activation_memory))
     _check_type(recompute, bool, "recompute", "True or False")
@@ -246,10 +254,11 @@ def moe_mlp(
         _fail("x", "a float tensor (..., H)", f"{x.dtype} of {x.dim()} dimensions")
     if _autocasts(x.device):
         x, w1, w2 = (t.to(matmul_dtype(t)) if isinstance(t, Tensor) else t for t in (x, w1, w2))
-        w3 = w3.to(matmul_dtype(w3)) if isinstance(w3, Tensor) else w3
+        w3, b1, b2, b3 = (t.to(matmul_dtype(t)) if isinstance(t, Tensor) else t for t in (w3, b1, b2, b3))
     hidden_size = x.shape[-1]
     _check_type(w2, Tensor, "w2", "a tensor")
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
+    _check_biases(b1, b2, b3, x, hidden_size, layout, gated)
     _check_ids(topk_ids, layout)
     _check_device(topk_ids, "topk_ids", x.device)
     _check_topk_weights(topk_weights, topk_ids, x)
@@ -267,7 +276,8 @@ def moe_mlp(
     else:
         run = torch_backend.moe_mlp
     tokens = x if x.dim() == 2 else x.reshape(num_tokens, hidden_size)
-    out = run(tokens, topk_weights, topk_ids, w1, w2, w3, layout, activation, activation_memory, recompute)
+    operands = (tokens, topk_weights, topk_ids, w1, w2, w3, b1, b2, b3)
+    out = run(*operands, layout, activation, activation_memory, recompute)
     return out if x.dim() == 2 else out.view(x.shape)
 
 
@@ -349,7 +359,7 @@ def grouped_gemm_down_autograd(x_up: Tensor, w2: Tensor, *, routing: Routing) ->
     _check_type(w2, Tensor, "w2", "a tensor")
     if w2.dim() != 2:
         _fail("w2", "shape (S, H)", tuple(w2.shape))
-    _check_matrix(w2, "w2", (routing.layout.total_width, w2.shape[1]), x_up)
+    _check_operand(w2, "w2", (routing.layout.total_width, w2.shape[1]), x_up)
     return run.grouped_gemm_down(x_up, w2, routing=routing)
 
 

@@ -50,6 +50,9 @@ class MoEConfig:
     """Of the block-sparse reference alone; the widths here need not be multiples of it."""
     activation: str = "relu_squared"
     """One of `triton_moe.activations.ACTIVATIONS`; a gated one gives the layer a third weight, w3."""
+    bias: bool = False
+    """Whether the experts have biases b1, b2 and, if gated, b3 (see `Experts`); the shared expert has none. Not to be
+    confused with `balancing`'s, which is on the scores."""
     router: str = "sigmoid"
     """One of `triton_moe.router.ROUTERS`."""
     normalize_weights: bool = True
@@ -99,6 +102,7 @@ class MoEConfig:
             raise ValueError(f"num_active_experts: expected at most E = {num_experts}, got {self.num_active_experts}")
         _check_positive_int(self.block_size, "block_size")
         is_gated(self.activation)
+        _check_choice(self.bias, "bias", (True, False))
         _check_choice(self.router, "router", ROUTERS)
         _check_choice(self.normalize_weights, "normalize_weights", (True, False))
         _check_choice(self.aux_losses, "aux_losses", (True, False))
@@ -139,8 +143,9 @@ class MoEMLP(Experts, BiasBalanced):
 
     Parameters, all 2-D, each with a gradient at every step: `router.weight (E, H)`; `w1 (H, S)`; `w2 (S, H)`; for gated
     activations only `w3 (H, S)`, w1 being the gate. Expert e owns the columns `layout.columns(e)` of w1 and w3 and the
-    same rows of w2. Nothing else is in the state dict, but with balancing the buffers `expert_bias` and
-    `expert_bias_momentum`, `(E)` fp32, and with a shared expert its weights, `shared.w1` and so on.
+    same rows of w2. Nothing else is in the state dict, but with biases `b1 (S)`, `b2 (E, H)` and, if gated, `b3 (S)`,
+    with balancing the buffers `expert_bias` and `expert_bias_momentum`, `(E)` fp32, and with a shared expert its
+    weights, `shared.w1` and so on.
 
     A model built on the meta device becomes real by `to_empty`, then `init_params()` and `_init_buffers()`.
     """
@@ -156,7 +161,7 @@ class MoEMLP(Experts, BiasBalanced):
         options: dict[str, str | bool] = {
             name: getattr(config, name) for name in ("backend", "activation_memory", "recompute")
         }
-        self._register_experts(layout, H, activation, *on, options)
+        self._register_experts(layout, H, activation, config.bias, *on, options)
         width = config.shared_width
         self.shared = DenseMLP(H, width, activation, device=device, dtype=dtype) if width else None
         self._register_expert_bias(config.balancing, layout.num_experts, device)

@@ -40,6 +40,8 @@ class Case:
     top_k: int
     activation: str
     routing: str = "random"
+    bias: bool = False
+    """Whether there are b1, b2 and, if gated, b3."""
     reason: str = field(kw_only=True)
 
 
@@ -60,6 +62,8 @@ CASES = (
     Case(5, 16, (8, 5), 2, "swiglu", "all dropped", reason="all slots dropped"),
     Case(10, 16, (8, 16, 5), 3, "silu", "repeated", reason="repeated ids within one token"),
     Case(10, 16, (8, 16), 2, "none", reason="linear experts"),
+    Case(21, 24, (16, 5, 0, 33), 2, "swiglu", "dropped", bias=True, reason="biases, dropped ids and a null expert"),
+    Case(19, 33, (8, 20, 5), 1, "gelu", "idle expert", bias=True, reason="biases, one of which nobody adds"),
     Case(50, 70, (33, 64), 1, "relu_squared", reason="several tiles in every dimension"),
 )
 """Small enough for a slow interpreter with tiles of 16, and the tests of every operator run all of them."""
@@ -92,6 +96,9 @@ SEED_CASES = (
 """Full-size configurations, 8 x 512 tokens: for a GPU."""
 
 
+BIASES = ("b1", "b2", "b3")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The arguments of `moe_mlp`, and `dout (T, H)`, the gradient that comes back."""
@@ -105,6 +112,9 @@ class Inputs:
     dout: Tensor
     layout: ExpertLayout
     activation: str
+    b1: Tensor | None = None
+    b2: Tensor | None = None
+    b3: Tensor | None = None
 
 
 def _draw_ids(case: Case, generator: torch.Generator) -> Tensor:
@@ -143,8 +153,9 @@ def make_inputs(
     """Inputs at unit scale, the same on every device.
 
     x and dout are standard normal, w1, w2 and w3 too, divided by the root of their fan-in (`I_e` for expert e's rows of
-    w2). topk_weights are positive, sum to 1 for each token, and are fp32 unless `weights_dtype` says otherwise.
-    Everything is rounded to its dtype here, so that the fp64 truth is computed from the values that the kernels see.
+    w2). Biases, if the case has them, are standard normal, and change nothing else. topk_weights are positive, sum to 1
+    for each token, and are fp32 unless `weights_dtype` says otherwise. Everything is rounded to its dtype here, so that
+    the fp64 truth is computed from the values that the kernels see.
     """
     layout = ExpertLayout(case.widths)
     generator = torch.Generator().manual_seed(seed)
@@ -160,16 +171,19 @@ def make_inputs(
     width = torch.tensor([width for width in layout.widths for _ in range(width)], dtype=torch.float64)
     w2 = normal(*reversed(packed)) / width.sqrt()[:, None]
     share = torch.rand(case.num_tokens, case.top_k, generator=generator, dtype=torch.float64) + 0.1
+    ids, gated = _draw_ids(case, generator), case.activation in reference.GATED
+    of_bias = {"b1": (layout.total_width,), "b2": (layout.num_experts, case.hidden_size), "b3": (layout.total_width,)}
     return Inputs(
         x=rounded(x),
         topk_weights=rounded(share / share.sum(1, keepdim=True), weights_dtype or torch.float32),
-        topk_ids=rounded(_draw_ids(case, generator), ids_dtype),
+        topk_ids=rounded(ids, ids_dtype),
         w1=rounded(w1 / math.sqrt(case.hidden_size)),
         w2=rounded(w2),
-        w3=rounded(w3 / math.sqrt(case.hidden_size)) if case.activation in reference.GATED else None,
+        w3=rounded(w3 / math.sqrt(case.hidden_size)) if gated else None,
         dout=rounded(dout),
         layout=layout,
         activation=case.activation,
+        **{name: rounded(normal(*size)) for name, size in of_bias.items() if case.bias and (gated or name != "b3")},
     )
 
 
@@ -178,15 +192,17 @@ def run(
 ) -> dict[str, Tensor]:
     """Forward and backward of a function with `moe_mlp`'s signature, on copies of the inputs, cast to `dtype` if given.
 
-    Returns out, dx, dtopk_weights, dw1, dw2, and dw3 if there is a w3. `kwargs` go to the function.
+    Returns out, dx, dtopk_weights, dw1, dw2, and those of dw3, db1, db2 and db3 whose operand there is. `kwargs` go to
+    the function.
     """
     leaves: dict[str, Tensor | None] = {}
-    for name in ("x", "topk_weights", "w1", "w2", "w3"):
+    for name in ("x", "topk_weights", "w1", "w2", "w3", *BIASES):
         given: Tensor | None = getattr(inputs, name)
         leaves[name] = None if given is None else given.detach().to(dtype or given.dtype, copy=True).requires_grad_()
+    biases = {name: leaves[name] for name in BIASES if leaves[name] is not None}
     out = moe_mlp_fn(
         leaves["x"], leaves["topk_weights"], inputs.topk_ids, leaves["w1"], leaves["w2"], leaves["w3"],
-        layout=inputs.layout, activation=inputs.activation, **kwargs,
+        layout=inputs.layout, activation=inputs.activation, **biases, **kwargs,
     )  # fmt: skip
     out.backward(inputs.dout.to(out.dtype))
     results = {"out": out.detach()}
@@ -304,18 +320,19 @@ def assert_within_budget(actual, truth, plain, *, eps_dtype, name):
 
 
 def _of_expert(results: Mapping[str, Tensor], layout: ExpertLayout, expert: int) -> dict[str, Tensor]:
-    """One expert's part of the weights' gradients."""
+    """One expert's part of the gradients of weights and biases."""
     columns = layout.columns(expert)
-    parts = {name: results[name][:, columns] for name in ("dw1", "dw3") if name in results}
-    return {**parts, "dw2": results["dw2"][columns]}
+    where = {"dw1": (slice(None), columns), "dw3": (slice(None), columns), "dw2": columns}
+    where |= {"db1": columns, "db3": columns, "db2": expert}
+    return {name: results[name][place] for name, place in where.items() if name in results}
 
 
 def check_against_oracle(moe_mlp_fn: Callable[..., Tensor], inputs: Inputs, **kwargs: Any) -> dict[str, Errors]:
     """Assert that a function with `moe_mlp`'s signature stays within the error budget: its output and every gradient.
 
-    The weights' gradients are compared as a whole and for each expert by itself: their scale depends on the expert's
-    width, and a fault in a wide expert's small gradient would go unnoticed beside a narrow one's. Returns the rms
-    errors, the function's and plain PyTorch's, of each tensor. `kwargs` go to the function.
+    Gradients of weights and biases are compared as a whole and for each expert by itself: their scale depends on the
+    expert's width, and a fault in a wide expert's small gradient would go unnoticed beside a narrow one's. Returns the
+    rms errors, the function's and plain PyTorch's, of each tensor. `kwargs` go to the function.
     """
     actual = run(moe_mlp_fn, inputs, **kwargs)
     plain = run(reference.moe_mlp, inputs)

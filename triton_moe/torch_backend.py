@@ -6,6 +6,8 @@ number of experts and they read the row counts back to the host; the oracle is `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,25 +93,39 @@ def _unpack(buffer: Tensor, routing: Routing, sizes: list[int]) -> list[Tensor]:
     ]
 
 
+def _products(rows: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> list[Tensor]:
+    """An expert's rows times its matrix, plus its bias."""
+    if biases is None:
+        return [a @ w for a, w in zip(rows, weights, strict=True)]
+    return [torch.addmm(b, a, w) for a, w, b in zip(rows, weights, biases, strict=True)]
+
+
 def grouped_gemm_up(
-    x: Tensor, w1: Tensor, w3: Tensor | None = None, *, routing: Routing, activation: str = "relu_squared"
+    x: Tensor,
+    w1: Tensor,
+    w3: Tensor | None = None,
+    b1: Tensor | None = None,
+    b3: Tensor | None = None,
+    *,
+    routing: Routing,
+    activation: str = "relu_squared",
 ) -> Tensor:
-    """`act(x w1_e)`, gated `act(x w1_e) * (x w3_e)`, of the rows of each expert, as a ragged buffer."""
+    """`act(x w1_e + b1_e)`, gated `act(x w1_e + b1_e) * (x w3_e + b3_e)`, of each expert's rows, as a ragged buffer."""
     widths = list(routing.layout.widths)
-    rows = gather(x, routing=routing).split(_rows_per_expert(routing))
-    ups = [None] * len(widths) if w3 is None else w3.split(widths, dim=1)
-    blocks = [
-        activate(x_e @ w1_e, None if w3_e is None else x_e @ w3_e, activation)
-        for x_e, w1_e, w3_e in zip(rows, w1.split(widths, dim=1), ups, strict=False)
-    ]
-    return _pack(blocks, routing)
+    *rows, _ = gather(x, routing=routing).split(_rows_per_expert(routing))
+
+    def product(w: Tensor, b: Tensor | None) -> list[Tensor]:
+        return _products(rows, w.split(widths, dim=1), None if b is None else b.split(widths))
+
+    ups = [None] * len(widths) if w3 is None else product(w3, b3)
+    return _pack([activate(h, up, activation) for h, up in zip(product(w1, b1), ups, strict=True)], routing)
 
 
-def grouped_gemm_down(x_up: Tensor, w2: Tensor, *, routing: Routing) -> Tensor:
-    """`x_up_e w2_e` of the ragged buffer's blocks -> `(R, H)`, zeros past the last row."""
+def grouped_gemm_down(x_up: Tensor, w2: Tensor, b2: Tensor | None = None, *, routing: Routing) -> Tensor:
+    """`x_up_e w2_e + b2_e` of the ragged buffer's blocks -> `(R, H)`, zeros past the last row."""
     sizes = _rows_per_expert(routing)
     blocks = _unpack(x_up, routing, sizes)
-    rows = [a @ w2_e for a, w2_e in zip(blocks, w2.split(list(routing.layout.widths)), strict=True)]
+    rows = _products(blocks, w2.split(list(routing.layout.widths)), None if b2 is None else b2.unbind())
     return torch.cat([*rows, x_up.new_zeros(sizes[-1], w2.shape[1])])
 
 
@@ -124,13 +140,14 @@ def scatter(y: Tensor, topk_weights: Tensor, *, routing: Routing) -> Tensor:
 
 
 def moe_mlp(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout,
-    activation: str, activation_memory: str, recompute: bool,
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
+    b2: Tensor | None, b3: Tensor | None, layout: ExpertLayout, activation: str, activation_memory: str,
+    recompute: bool,
 ) -> Tensor:  # fmt: skip
     """The whole layer on `x (T, H)`: route, up, down, scatter. Its memory is exact in either case."""
     if recompute and torch.is_grad_enabled():
-        operands = (x, topk_weights, topk_ids, w1, w2, w3, layout, activation, activation_memory, False)
+        operands = (x, topk_weights, topk_ids, w1, w2, w3, b1, b2, b3, layout, activation, activation_memory, False)
         return checkpoint(moe_mlp, *operands, use_reentrant=False, preserve_rng_state=False)  # type: ignore
     routing = route(topk_ids, layout)
-    x_up = grouped_gemm_up(x, w1, w3, routing=routing, activation=activation)
-    return scatter(grouped_gemm_down(x_up, w2, routing=routing), topk_weights, routing=routing)
+    x_up = grouped_gemm_up(x, w1, w3, b1, b3, routing=routing, activation=activation)
+    return scatter(grouped_gemm_down(x_up, w2, b2, routing=routing), topk_weights, routing=routing)

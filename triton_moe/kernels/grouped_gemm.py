@@ -37,7 +37,7 @@ from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 @triton.jit
 def grouped_gemm_up_fwd_kernel(
-    x, w1, w3, pre, out, H, stride_xt, stride_wh, stride_ws,
+    x, w1, w3, b1, b3, pre, out, H, stride_xt, stride_wh, stride_ws,
     widths, offsets, row_to_slot, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr,
@@ -66,6 +66,10 @@ def grouped_gemm_up_fwd_kernel(
     )  # fmt: skip
 
     gate, up = gate.to(tl.float32), up.to(tl.float32)
+    if b1 is not None:
+        gate += tl.load(b1 + offset + cols, mask=col_mask, other=0).to(tl.float32)[None, :]
+    if b3 is not None:
+        up += tl.load(b3 + offset + cols, mask=col_mask, other=0).to(tl.float32)[None, :]
     mask = exists[:, None] & (cols < pitch)[None, :]
     element = x.dtype.element_ty
     if pre is not None:
@@ -85,13 +89,14 @@ def grouped_gemm_up_fwd_kernel(
 
 @triton.jit
 def grouped_gemm_down_fwd_kernel(
-    a, w, w_up, y, H, stride_ws, stride_wh,
+    a, w, w_up, b, y, H, stride_ws, stride_wh,
     widths, offsets, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
     PARTS: tl.constexpr, FINITE: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = a w_e, or with two parts a_gate w_e + a_up w_up_e. FINITE: so is a past the width, and loads may go there."""
+    """y = a w_e, with two parts a_gate w_e + a_up w_up_e, plus b_e if there is a b `(E, H)`. FINITE: so is a past the
+    width, and loads may go there."""
     entry = row_blocks + 2 * (tl.program_id(0) // num_tiles_n)
     expert = tl.load(entry)
     if expert < 0:
@@ -113,6 +118,9 @@ def grouped_gemm_down_fwd_kernel(
             acc, acc, a_rows + pitch, w_up + w_cols, w_up + w_cols, col_mask, width, a_size, stride_ws,
             False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
         )  # fmt: skip
+    acc = acc.to(tl.float32)
+    if b is not None:
+        acc += tl.load(b + expert.to(tl.int64) * H + cols, mask=col_mask, other=0).to(tl.float32)[None, :]
     y_ptrs = y + first_row.to(tl.int64) * H + local[:, None] * H + cols[None, :]
     tl.store(y_ptrs, acc.to(y.dtype.element_ty), mask=exists[:, None] & col_mask[None, :])
 
@@ -133,16 +141,17 @@ def _up_launcher(
 
 def grouped_gemm_up_fwd(
     x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor | None, pre: Tensor | None, routing: Routing,
-    activation: str, gathered: bool = True,
+    activation: str, gathered: bool = True, b1: Tensor | None = None, b3: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill the ragged buffers `out` (activation) and `pre` (pre-activation) of every routed row, either unless None.
 
-    x is `(T, H)`, or `(R, H)` in expert order if not `gathered`; w1 and w3 `(H, S)` of any strides.
+    x is `(T, H)`, or `(R, H)` in expert order if not `gathered`; w1 and w3 `(H, S)` of any strides; b1 and b3 `(S)`.
     """
     x, hidden_size = rows_contiguous(x), x.shape[1]
     w1 = loadable(w1, routing)
     w3 = None if w3 is None else with_strides_of(loadable(w3, routing), w1)
-    if gathered and hopper.takes(routing, w1, w3):
+    b1, b3 = (None if b is None else b.contiguous() for b in (b1, b3))
+    if gathered and b1 is None and b3 is None and hopper.takes(routing, w1, w3):
         hopper.up_fwd(x, w1, w3, out, pre, routing, activation)
         return
     launch, tables, num_tiles_n = _up_launcher(
@@ -151,8 +160,8 @@ def grouped_gemm_up_fwd(
         INPUT_PRECISION=input_precision(x.dtype, x.device),
     )  # fmt: skip
     launch(
-        (routing.num_row_blocks * num_tiles_n,), x, w1, w1 if w3 is None else w3, pre, out, hidden_size,
-        x.stride(0), *w1.stride(), tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets,
+        (routing.num_row_blocks * num_tiles_n,), x, w1, w1 if w3 is None else w3, b1, b3, pre, out,
+        hidden_size, x.stride(0), *w1.stride(), tables.widths, tables.offsets, routing.row_to_slot, routing.row_offsets,
         routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip
 
@@ -172,9 +181,10 @@ def _down_launcher(
 
 
 def grouped_gemm_down_fwd(
-    a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing, finite: bool = True
-) -> None:
-    """`y (R, H)` = a w of every routed row; with `w_up`, a has two parts and `y = a_gate w + a_up w_up`.
+    a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing, finite: bool = True,
+    b: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`y (R, H)` = a w of every routed row, plus `b (E, H)`; with `w_up` a has two parts, `y = a_gate w + a_up w_up`.
 
     a is a ragged buffer, w and w_up `(S, H)` of any strides (w1 and w3 transposed give the gradient of x's rows).
     `finite`: what a holds past the widths cannot be NaN or infinite; loads are wider then.
@@ -182,7 +192,8 @@ def grouped_gemm_down_fwd(
     hidden_size = w.shape[1]
     w = loadable(w.t(), routing).t()
     w_up = None if w_up is None else with_strides_of(loadable(w_up.t(), routing).t(), w)
-    if hopper.takes(routing, w, w_up):
+    b = None if b is None else b.contiguous()
+    if b is None and hopper.takes(routing, w, w_up):
         hopper.down_fwd(a, w, w_up, y, routing)
         return
     launch, tables, num_tiles_n = _down_launcher(
@@ -190,6 +201,6 @@ def grouped_gemm_down_fwd(
         INPUT_PRECISION=input_precision(a.dtype, a.device),
     )  # fmt: skip
     launch(
-        (routing.num_row_blocks * num_tiles_n,), a, w, w if w_up is None else w_up, y, hidden_size, *w.stride(),
+        (routing.num_row_blocks * num_tiles_n,), a, w, w if w_up is None else w_up, b, y, hidden_size, *w.stride(),
         tables.widths, tables.offsets, routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
     )  # fmt: skip

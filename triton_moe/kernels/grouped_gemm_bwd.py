@@ -18,6 +18,7 @@ from torch import Tensor
 
 from triton_moe.activations import GATE_ACTIVATION, is_gated
 from triton_moe.kernels.activation import act_fwd, load_pre, store_dpre
+from triton_moe.kernels.bias import bias_dweights
 from triton_moe.kernels.config import (
     BLOCK_M,
     LayoutTables,
@@ -83,10 +84,11 @@ def grouped_gemm_dh_kernel(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def sum_partials_kernel(
-    dweights_partial, topk_ids, slot_to_row, widths, dweights, num_slots, num_tiles_n,
+    dweights_partial, of_bias, topk_ids, slot_to_row, widths, dweights, num_slots, num_tiles_n,
     BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """dweights[slot] = sum of its partial sums, one a tile of its expert's width; 0 where the slot has no row."""
+    """dweights[slot] = sum of its partial sums, one a tile of its expert's width, and what is `of_bias`, if that is not
+    None; 0 where the slot has no row."""
     slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     owned = slots < num_slots
     owned = owned & (tl.load(slot_to_row + slots, mask=owned, other=-1) >= 0)
@@ -95,6 +97,8 @@ def sum_partials_kernel(
     for tile_n in range(0, num_tiles_n):
         partials = dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n
         total += tl.load(partials, mask=tile_n * BLOCK_N < width, other=0)
+    if of_bias is not None:
+        total += tl.load(of_bias + slots, mask=owned, other=0)
     tl.store(dweights + slots, total.to(dweights.dtype.element_ty), mask=slots < num_slots)
 
 
@@ -169,12 +173,13 @@ def _sum_launcher(block_n: int) -> Launcher:
 
 
 def grouped_gemm_dh(
-    dout: Tensor, w2: Tensor, pre: Tensor, topk_weights: Tensor, routing: Routing, activation: str, dpre: Tensor
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor, w2: Tensor, pre: Tensor, topk_weights: Tensor, routing: Routing, activation: str, dpre: Tensor,
+    b2: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`dout (T, H)`, `w2 (S, H)`, pre-activation (ragged), `topk_weights (T, K)` -> three gradients.
 
     That of the pre-activation goes to `dpre` (ragged, as `pre`, which it may be). Returns the weighted activation
-    (ragged, one part) and the gradient of the routing weights `(T, K)` in their dtype.
+    (ragged, one part) and the gradient of the routing weights `(T, K)` in their dtype, to which `b2 (E, H)` adds.
     """
     dout, hidden_size, num_slots = rows_contiguous(dout), dout.shape[1], routing.num_rows
     topk_weights = topk_weights.contiguous()
@@ -197,8 +202,9 @@ def grouped_gemm_dh(
             partial, hidden_size, dout.stride(0), *w2.stride(), tables.widths, tables.offsets, routing.row_to_slot,
             routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
         )  # fmt: skip
+    of_bias = None if b2 is None else bias_dweights(dout, b2, routing)
     _sum_launcher(block_n)(
-        (cdiv(num_slots, _SLOTS),), partial, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths,
+        (cdiv(num_slots, _SLOTS),), partial, of_bias, routing.topk_ids.contiguous(), routing.slot_to_row, tables.widths,
         dweights, num_slots, num_tiles_n,
     )  # fmt: skip
     return act_weighted, dweights

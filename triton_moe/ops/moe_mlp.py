@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from triton_moe.kernels.bias import down_bias_bwd, up_bias_bwd
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import packed_numel, route, unpack
@@ -22,25 +23,27 @@ def _parts(w3: Tensor | None) -> int:
 
 
 def _forward(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool, backend: str,
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
+    b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> output `(T, H)`, the pre-activation (ragged; empty unless kept), the packed routing."""
     routing = route(topk_ids, layout_of(tuple(widths)), backend)
     size = routing.read_ragged_numel() if exact else routing.ragged_numel()
     pre = x.new_empty(_parts(w3) * size) if keep_pre else None
     act = x.new_empty(size)
-    grouped_gemm_up_fwd(x, w1, w3, act, pre, routing, activation)
+    grouped_gemm_up_fwd(x, w1, w3, act, pre, routing, activation, b1=b1, b3=b3)
     y = x.new_empty(routing.num_rows, x.shape[1])
-    grouped_gemm_down_fwd(act, w2, None, y, routing)
+    grouped_gemm_down_fwd(act, w2, None, y, routing, b=b2)
     out = scatter_fwd(y, topk_weights, routing)
     assert routing.packed is not None
     return out, x.new_empty(0) if pre is None else pre, routing.packed
 
 
 def _forward_fake(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool, backend: str,
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
+    b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout, num_rows = layout_of(tuple(widths)), topk_ids.numel()
     size = _parts(w3) * ragged_numel(num_rows, layout)
@@ -64,10 +67,11 @@ def _is_largest(pre: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | Non
 
 def _backward_impl(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    pre: Tensor, packed: Tensor, needs: Sequence[bool], widths: Sequence[int], activation: str, exact: bool,
-    keep_pre: bool, backend: str, consume_pre: bool = False,
+    b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, pre: Tensor, packed: Tensor, needs: Sequence[bool],
+    widths: Sequence[int], activation: str, exact: bool, keep_pre: bool, backend: str, consume_pre: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """-> those of dx, dweights, dw1, dw2 and dw3 that are needed. Unless it was kept, pre is computed once more.
+    """-> those of dx, dweights, dw1, dw2, dw3, db1, db2 and db3 that are needed. Unless it was kept, pre is computed
+    once more.
 
     With `consume_pre` its memory is given back as soon as its gradient is known, and that gradient's before dx exists:
     less at the peak, and nothing left for a second backward.
@@ -75,11 +79,11 @@ def _backward_impl(
     routing = unpack(packed, topk_ids, layout_of(tuple(widths)), backend)
     if not keep_pre:
         pre = x.new_empty(_parts(w3) * (routing.read_ragged_numel() if exact else routing.ragged_numel()))
-        grouped_gemm_up_fwd(x, w1, w3, None, pre, routing, activation)
-    need_x, _, need_w1, need_w2, need_w3 = needs
+        grouped_gemm_up_fwd(x, w1, w3, None, pre, routing, activation, b1=b1, b3=b3)
+    need_x, _, need_w1, need_w2, need_w3, need_b1, need_b2, need_b3 = needs
     consume_pre |= not keep_pre
     dpre = pre if consume_pre and _is_largest(pre, x, w1, w2, w3, routing) else torch.empty_like(pre)
-    act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre)
+    act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre, b2)
     if consume_pre and dpre is not pre:
         pre.untyped_storage().resize_(0)
     dw2 = None
@@ -87,29 +91,35 @@ def _backward_impl(
         dw2 = torch.empty_like(w2)
         grouped_gemm_dw(dout, act_weighted, dw2.t(), None, routing)
     del act_weighted
+    db1, db3 = up_bias_bwd(dpre, routing, _parts(w3), need_b1, need_b3)
+    db2 = down_bias_bwd(dout, topk_weights, routing) if need_b2 else None
     dx, dw1, dw3 = up_backward(dpre, x, w1, w3, routing, need_x, need_w1 or need_w3, consume=True)
-    grads = (dx, dweights, dw1, dw2, dw3)
+    grads = (dx, dweights, dw1, dw2, dw3, db1, db2, db3)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
 
 
 def _backward_fake(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    pre: Tensor, packed: Tensor, needs: Sequence[bool], *_,
+    b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, pre: Tensor, packed: Tensor, needs: Sequence[bool], *_,
 ) -> list[Tensor]:  # fmt: skip
+    S, H = w2.shape
     grads = (
         lambda: x.new_empty(x.shape),
         lambda: topk_weights.new_empty(topk_weights.shape),
         lambda: torch.empty_like(w1),
         lambda: torch.empty_like(w2),
         lambda: torch.empty_like(w1),
+        lambda: x.new_empty(S),
+        lambda: x.new_empty(b2.shape[0], H),  # type: ignore[union-attr]
+        lambda: x.new_empty(S),
     )
     return [grad() for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
 _moe_mlp_backward = Operator(
     "moe_mlp_backward(Tensor dout, Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, "
-    "Tensor pre, Tensor packed, bool[] needs, int[] widths, str activation, bool exact, bool keep_pre, str backend) "
-    "-> Tensor[]",
+    "Tensor? b1, Tensor? b2, Tensor? b3, Tensor pre, Tensor packed, bool[] needs, int[] widths, str activation, "
+    "bool exact, bool keep_pre, str backend) -> Tensor[]",
     _backward_impl,
     _backward_fake,
 )
@@ -127,20 +137,20 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
 def _backward(ctx, dout, _dpre, _dpacked):
     """In eager calls the first one consumes the pre-activation, another (`retain_graph=True`) computes it anew."""
     if dout is None:
-        return (None,) * 11
+        return (None,) * 14
     consume_pre = is_eager(ctx)
-    x, weights, _, w1, w2, w3 = ctx.needs_input_grad[:6]
-    needs = (x, weights, w1, w2, w3)
+    x, weights, _, *of_experts = ctx.needs_input_grad[:9]
+    needs = (x, weights, *of_experts)
     options = ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre and not ctx.consumed, ctx.backend
     ctx.consumed = consume_pre
     grads = iter(_moe_mlp_backward(dout, *ctx.saved_tensors, needs, *options, consume_pre=consume_pre))
-    dx, dweights, dw1, dw2, dw3 = (next(grads) if needed else None for needed in needs)
-    return dx, dweights, None, dw1, dw2, dw3, *(None,) * 5
+    dx, dweights, *of_experts = (next(grads) if needed else None for needed in needs)
+    return dx, dweights, None, *of_experts, *(None,) * 5
 
 
 _moe_mlp = Operator(
-    "moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, int[] widths, "
-    "str activation, bool exact, bool keep_pre, str backend) -> (Tensor, Tensor, Tensor)",
+    "moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, "
+    "Tensor? b3, int[] widths, str activation, bool exact, bool keep_pre, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _setup_context,
@@ -149,11 +159,12 @@ _moe_mlp = Operator(
 
 
 def moe_mlp(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout,
-    activation: str, activation_memory: str, recompute: bool, backend: str,
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
+    b2: Tensor | None, b3: Tensor | None, layout: ExpertLayout, activation: str, activation_memory: str,
+    recompute: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)`."""
-    operands = (x, topk_weights, w1, w2, w3)
+    operands = (x, topk_weights, topk_ids, w1, w2, w3, b1, b2, b3)
     keep_pre = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     exact = activation_memory == "exact"
-    return _moe_mlp(x, topk_weights, topk_ids, w1, w2, w3, layout.widths, activation, exact, keep_pre, backend)[0]
+    return _moe_mlp(*operands, layout.widths, activation, exact, keep_pre, backend)[0]
