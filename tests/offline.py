@@ -10,9 +10,10 @@ from typing import Any
 # what users get. A program goes on from here: it hands `describe_each` a function of a kernel's name, the compiled
 # kernel and its options, and launches.
 STAND_IN = """
-import json, re, sys
+import json, re, subprocess, sys, tempfile
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver, jit
 
 capability = int(sys.argv[1])
@@ -32,6 +33,19 @@ class Driver:
 driver.set_active(Driver())
 compiled = []
 run = jit.JITFunction.run
+
+def assembled(kernel):
+    "What ptxas says of a compiled kernel."
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        target = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+def spilled(said):
+    "Bytes a thread, from what ptxas says."
+    return int(re.search(r"(\\d+) bytes spill stores", said).group(1))
 
 def describe_each(describe):
     def compile_only(self, *args, grid, warmup, **options):

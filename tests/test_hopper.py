@@ -20,20 +20,12 @@ MAX_SPILL = {"silu": 12, "gelu_tanh": 28}  # bytes of a thread, once a tile, in 
 MAX_REGISTERS = 504  # of a producer's and two consumers' threads: a third of them, 168, is what a launch gives each
 
 PROGRAM = """
-import subprocess, tempfile
-from triton.backends.nvidia.compiler import get_ptxas
-
 def describe(name, kernel, options):
-    ptx = kernel.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    ptx, said = kernel.asm["ptx"], assembled(kernel)
     return {
         "name": name,
         "activation": options.get("ACTIVATION"),
-        "spill": int(re.search(r"(\\d+) bytes spill stores", said).group(1)),
+        "spill": spilled(said),
         "serialized": len(re.findall(r"C7510|C7515|serializ", said)),
         "wgmma": ptx.count("wgmma.mma_async.sync.aligned.m64n256k16"),
         "wide_copies": len(re.findall(r"cp\\.async\\.cg\\.shared\\.global [^;]*0x10", ptx)),

@@ -57,6 +57,13 @@ def test_moe_mlp(activation: str, with_biases: bool, device: str) -> None:
         opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, False, "auto"))
 
 
+@pytest.mark.parametrize("with_biases", [False, True])
+def test_moe_mlp_inference(with_biases: bool, device: str) -> None:
+    arguments = of_moe_mlp("swiglu", device, with_biases)
+    with torch.no_grad():
+        opcheck(torch.ops.triton_moe.moe_mlp_inference.default, (*arguments, False, "auto"))
+
+
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_route_tokens(softmax: bool, with_bias: bool, device: str) -> None:
@@ -98,5 +105,5 @@ def test_every_operator_is_checked() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("triton_moe::")}
     forward = {"route", "gather", "scatter", "grouped_gemm_up", "grouped_gemm_down", "moe_mlp", "route_tokens"}
     backward = {f"{name}_backward" for name in forward - {"route"}}
-    of_balancing = {"keep_bias", "count_choices", "move_bias_in_forward"}
-    assert names == {f"triton_moe::{name}" for name in forward | backward | of_balancing}
+    without_backward = {"moe_mlp_inference", "keep_bias", "count_choices", "move_bias_in_forward"}
+    assert names == {f"triton_moe::{name}" for name in forward | backward | without_backward}

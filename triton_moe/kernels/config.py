@@ -20,6 +20,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 BLOCK_M = 16 if INTERPRETED else 128
 """Rows of a row block: the tile height of every kernel that walks the routed rows."""
+FEW_ROWS_BLOCK_M = 16
+"""That of the forward GEMMs where rows are few (`kernels/decode.py`): the smallest that tensor cores take."""
 
 
 _INTERPRETER_TILE = TileConfig(16, 16, 1, 1)
@@ -32,13 +34,13 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
-def tile_config(kernel: str, dtype: torch.dtype, device: torch.device) -> TileConfig:
-    """The one blessed configuration of a kernel for a dtype and device."""
+def tile_config(kernel: str, dtype: torch.dtype, device: torch.device, block_m: int = BLOCK_M) -> TileConfig:
+    """The one blessed configuration of a kernel for a dtype, device and height of row blocks."""
     if INTERPRETED:
         return _INTERPRETER_TILE
     if dtype.itemsize == 4:
         return _FP32_PAIR_TILE if kernel.endswith("gated") else _FP32_TILE
-    return tuned(kernel, capability(device), TileConfig)
+    return tuned(kernel if block_m == BLOCK_M else f"decode_{kernel}", capability(device), TileConfig)
 
 
 _FP64_TENSOR_CORES = (8, 0), (9, 0)

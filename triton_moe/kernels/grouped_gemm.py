@@ -17,7 +17,6 @@ from torch import Tensor
 from triton_moe.activations import GATE_ACTIVATION
 from triton_moe.kernels.activation import act_fwd
 from triton_moe.kernels.config import (
-    BLOCK_M,
     LayoutTables,
     cdiv,
     divides_widths,
@@ -127,13 +126,14 @@ def grouped_gemm_down_fwd_kernel(
 
 @cached_launcher
 def _up_launcher(
-    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
-) -> tuple[Launcher, LayoutTables, int]:
+    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, block_m: int, gated: bool,
+    **options: Any,
+) -> tuple[Launcher, LayoutTables, int]:  # fmt: skip
     """-> launcher, the layout's tables, column tiles of the widest expert."""
-    config, tables = tile_config("up_gated" if gated else "up", dtype, device), layout_tables(layout, device)
+    config, tables = tile_config("up_gated" if gated else "up", dtype, device, block_m), layout_tables(layout, device)
     launch = Launcher(
         grouped_gemm_up_fwd_kernel, **options, GATED=gated, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
-        EVEN_K=hidden_size % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
+        EVEN_K=hidden_size % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=block_m,
         **config._asdict(),
     )  # fmt: skip
     return launch, tables, cdiv(layout.max_width, config.BLOCK_N)
@@ -155,8 +155,8 @@ def grouped_gemm_up_fwd(
         hopper.up_fwd(x, w1, w3, out, pre, routing, activation)
         return
     launch, tables, num_tiles_n = _up_launcher(
-        routing.layout, hidden_size, x.dtype, x.device, w3 is not None, TOP_K=routing.top_k, GATHER=gathered,
-        ACTIVATION=GATE_ACTIVATION.get(activation, activation),
+        routing.layout, hidden_size, x.dtype, x.device, routing.block_m, w3 is not None, TOP_K=routing.top_k,
+        GATHER=gathered, ACTIVATION=GATE_ACTIVATION.get(activation, activation),
         INPUT_PRECISION=input_precision(x.dtype, x.device),
     )  # fmt: skip
     launch(
@@ -168,13 +168,13 @@ def grouped_gemm_up_fwd(
 
 @cached_launcher
 def _down_launcher(
-    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, **options: Any
+    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, block_m: int, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
     """-> launcher, the layout's tables, column tiles of a row."""
-    config, tables = tile_config("down", dtype, device), layout_tables(layout, device)
+    config, tables = tile_config("down", dtype, device, block_m), layout_tables(layout, device)
     launch = Launcher(
         grouped_gemm_down_fwd_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
-        EVEN_K=divides_widths(config.BLOCK_K, layout), EVEN_N=hidden_size % config.BLOCK_N == 0, BLOCK_M=BLOCK_M,
+        EVEN_K=divides_widths(config.BLOCK_K, layout), EVEN_N=hidden_size % config.BLOCK_N == 0, BLOCK_M=block_m,
         **config._asdict(),
     )  # fmt: skip
     return launch, tables, cdiv(hidden_size, config.BLOCK_N)
@@ -197,7 +197,7 @@ def grouped_gemm_down_fwd(
         hopper.down_fwd(a, w, w_up, y, routing)
         return
     launch, tables, num_tiles_n = _down_launcher(
-        routing.layout, hidden_size, a.dtype, a.device, PARTS=1 if w_up is None else 2, FINITE=finite,
+        routing.layout, hidden_size, a.dtype, a.device, routing.block_m, PARTS=1 if w_up is None else 2, FINITE=finite,
         INPUT_PRECISION=input_precision(a.dtype, a.device),
     )  # fmt: skip
     launch(

@@ -83,9 +83,8 @@ def schedule(
     rows, experts, width, width_rank, row_blocks, num_row_blocks, expert_order, tiles,
     NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row blocks, widest experts first, experts by row count, and the lists of tiles: a program writes those of one
-    expert."""
-    numbers, ragged_128, ragged_256, weights_128, weights_256 = tiles
+    """Row blocks, widest experts first, experts by row count, and the lists of tiles unless these are None: a program
+    writes those of one expert."""
     real = experts < NUM_EXPERTS
     rank = tl.load(width_rank + experts, mask=real, other=NUM_EXPERTS)
     blocks = tl.cdiv(rows, BLOCK_M)
@@ -99,17 +98,35 @@ def schedule(
         wider = rank < tl.load(width_rank + expert)
         tl.store(expert_order + tl.sum(larger.to(tl.int32)), expert)
         list_parts(row_blocks, tl.sum(tl.where(wider, blocks, 0)), expert, own_blocks, BLOCK)
-        own_narrow, own_wide = tl.sum(tl.where(own, narrow, 0)), tl.sum(tl.where(own, wide, 0))
-        list_parts(ragged_128, tl.sum(tl.where(wider, blocks * narrow, 0)), expert, own_blocks * own_narrow, BLOCK)
-        list_parts(ragged_256, tl.sum(tl.where(wider, blocks * wide, 0)), expert, own_blocks * own_wide, BLOCK)
-        list_parts(weights_128, tl.sum(tl.where(larger, narrow, 0)), expert, own_narrow, BLOCK)
-        list_parts(weights_256, tl.sum(tl.where(larger, wide, 0)), expert, own_wide, BLOCK)
+        if tiles is not None:
+            _, ragged_128, ragged_256, weights_128, weights_256 = tiles
+            own_narrow, own_wide = tl.sum(tl.where(own, narrow, 0)), tl.sum(tl.where(own, wide, 0))
+            list_parts(ragged_128, tl.sum(tl.where(wider, blocks * narrow, 0)), expert, own_blocks * own_narrow, BLOCK)
+            list_parts(ragged_256, tl.sum(tl.where(wider, blocks * wide, 0)), expert, own_blocks * own_wide, BLOCK)
+            list_parts(weights_128, tl.sum(tl.where(larger, narrow, 0)), expert, own_narrow, BLOCK)
+            list_parts(weights_256, tl.sum(tl.where(larger, wide, 0)), expert, own_wide, BLOCK)
     total_blocks = tl.sum(blocks)
     fill(row_blocks, 2 * total_blocks, 2 * num_row_blocks, -1, BLOCK)
-    if tl.program_id(0) == 0:
-        tl.store(numbers, total_blocks)
-        tl.store(numbers + 1, tl.sum(blocks * narrow))
-        tl.store(numbers + 2, tl.sum(blocks * wide))
+    if tiles is not None:
+        if tl.program_id(0) == 0:
+            numbers = tiles[0]
+            tl.store(numbers, total_blocks)
+            tl.store(numbers + 1, tl.sum(blocks * narrow))
+            tl.store(numbers + 2, tl.sum(blocks * wide))
+
+
+@triton.jit
+def store_offsets(
+    rows, width, row_offsets, ragged_offsets, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, ALIGNMENT: tl.constexpr
+):  # fmt: skip
+    """Where each expert's rows and its block of a ragged buffer start, from its number of rows and its width."""
+    experts = tl.arange(0, EXPERTS)
+    real = experts < NUM_EXPERTS
+    tl.store(row_offsets, 0)
+    tl.store(row_offsets + 1 + experts, tl.cumsum(rows, 0), mask=real)
+    numel = rows.to(tl.int64) * (tl.cdiv(width, ROW_ALIGNMENT) * ROW_ALIGNMENT)
+    tl.store(ragged_offsets, 0)
+    tl.store(ragged_offsets + 1 + experts, tl.cumsum(tl.cdiv(numel, ALIGNMENT) * ALIGNMENT, 0), mask=real)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_row_blocks"])
@@ -127,11 +144,7 @@ def route_place_kernel(
     rows = tl.where(width > 0, tl.load(counts + experts, mask=real, other=0), 0)
     last_row = tl.cumsum(rows, 0)
     if program == 0:
-        tl.store(row_offsets, 0)
-        tl.store(row_offsets + 1 + experts, last_row, mask=real)
-        numel = rows.to(tl.int64) * (tl.cdiv(width, ROW_ALIGNMENT) * ROW_ALIGNMENT)
-        tl.store(ragged_offsets, 0)
-        tl.store(ragged_offsets + 1 + experts, tl.cumsum(tl.cdiv(numel, ALIGNMENT) * ALIGNMENT, 0), mask=real)
+        store_offsets(rows, width, row_offsets, ragged_offsets, NUM_EXPERTS, EXPERTS, ALIGNMENT)
 
     places = tl.arange(0, SLOTS)
     slots = program * SLOTS + places

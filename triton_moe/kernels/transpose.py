@@ -39,7 +39,7 @@ def loadable(w: Tensor, routing: Routing) -> Tensor:
     """`w (H, S)` itself, or a copy with H contiguous if experts start where no wide load can, and rows are many."""
     layout = routing.layout
     aligned = w.stride(1) != 1 or math.gcd(ROW_ALIGNMENT, *layout.widths) == ROW_ALIGNMENT
-    if aligned or routing.num_rows < _ROWS_WORTH_A_COPY * layout.num_experts:
+    if aligned or routing.num_rows <= _ROWS_WORTH_A_COPY * layout.num_experts:
         return w
     hidden_size, total_width = w.shape
     out = torch.empty(total_width, hidden_size, dtype=w.dtype, device=w.device)

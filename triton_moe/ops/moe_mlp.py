@@ -1,4 +1,4 @@
-"""The layer on the kernels: five launches forward, one autograd node, no gradient that nobody asked for."""
+"""The layer on the kernels: one autograd node, no gradient that nobody asked for, and for inference nothing kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from triton_moe.kernels.bias import down_bias_bwd, up_bias_bwd
+from triton_moe.kernels.decode import is_few, route_few
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import packed_numel, route, unpack
@@ -22,6 +23,36 @@ def _parts(w3: Tensor | None) -> int:
     return 1 if w3 is None else 2
 
 
+def _output(
+    x: Tensor, topk_weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None,
+    b3: Tensor | None, routing: Routing, activation: str, act: Tensor, pre: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """-> `(T, H)`. Fills act, and pre unless that is None."""
+    grouped_gemm_up_fwd(x, w1, w3, act, pre, routing, activation, b1=b1, b3=b3)
+    y = x.new_empty(routing.num_rows, x.shape[1])
+    grouped_gemm_down_fwd(act, w2, None, y, routing, b=b2)
+    return scatter_fwd(y, topk_weights, routing)
+
+
+def _inference(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
+    b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    layout = layout_of(tuple(widths))
+    few = backend != "hopper" and is_few(topk_ids.numel(), layout)
+    routing = route_few(topk_ids, layout) if few else route(topk_ids, layout, backend)
+    act = x.new_empty(routing.read_ragged_numel() if exact and not few else routing.ragged_numel())
+    return _output(x, topk_weights, w1, w2, w3, b1, b2, b3, routing, activation, act, None)
+
+
+_moe_mlp_inference = Operator(
+    "moe_mlp_inference(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, "
+    "Tensor? b2, Tensor? b3, int[] widths, str activation, bool exact, str backend) -> Tensor",
+    _inference,
+    lambda x, *_: x.new_empty(x.shape),
+)
+
+
 def _forward(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
     b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
@@ -32,10 +63,7 @@ def _forward(
     size = routing.read_ragged_numel() if exact else routing.ragged_numel()
     pre = x.new_empty(_parts(w3) * size) if keep_pre else None
     act = x.new_empty(size)
-    grouped_gemm_up_fwd(x, w1, w3, act, pre, routing, activation, b1=b1, b3=b3)
-    y = x.new_empty(routing.num_rows, x.shape[1])
-    grouped_gemm_down_fwd(act, w2, None, y, routing, b=b2)
-    out = scatter_fwd(y, topk_weights, routing)
+    out = _output(x, topk_weights, w1, w2, w3, b1, b2, b3, routing, activation, act, pre)
     assert routing.packed is not None
     return out, x.new_empty(0) if pre is None else pre, routing.packed
 
@@ -165,6 +193,7 @@ def moe_mlp(
 ) -> Tensor:  # fmt: skip
     """`triton_moe.functional.moe_mlp` on checked arguments with `x (T, H)`."""
     operands = (x, topk_weights, topk_ids, w1, w2, w3, b1, b2, b3)
-    keep_pre = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     exact = activation_memory == "exact"
-    return _moe_mlp(*operands, layout.widths, activation, exact, keep_pre, backend)[0]
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
+        return _moe_mlp_inference(*operands, layout.widths, activation, exact, backend)
+    return _moe_mlp(*operands, layout.widths, activation, exact, not recompute, backend)[0]
