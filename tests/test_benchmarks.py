@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accuracy
+import bench_decode
 import bench_host
 import bench_kernels
 import bench_moe
@@ -185,6 +186,36 @@ def test_roofline(tmp_path: Path) -> None:
     assert "scatter 75%" in (tmp_path / "deep" / "roofline.svg").read_text()
     with pytest.raises(ValueError, match="rows: expected one"):
         roofline.draw([scatter], tmp_path / "none.svg")
+
+
+def test_decode(tmp_path: Path) -> None:
+    assert bench_decode.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "bench_decode.csv")
+    assert [row["T"] for row in rows] == ["1", "2"]
+    for row in rows:
+        assert min(float(row[column]) for column in ("chosen_MB", "eager_us", "loop_us")) > 0
+        assert row["graph_us"] == row["TBps"] == row["of_copy"] == ""
+    assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
+
+
+def test_wrong_decoding_gets_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_decode, "moe_mlp", zeros)
+    assert bench_decode.main(["--quick", "--out", str(tmp_path)]) == 1
+    assert "quick_variable: no time. T=1: error budget exceeded" in capsys.readouterr().out
+    assert not (tmp_path / "bench_decode.csv").exists()
+
+
+def test_the_loop_over_chosen_experts_and_the_bytes_it_reads() -> None:
+    case, generator = CASES["quick_variable"], torch.Generator().manual_seed(0)
+    S, H = case.config.layout.total_width, case.config.hidden_size
+    x, w1, w2, w3 = (torch.randn(shape, generator=generator) for shape in ((5, H), (H, S), (S, H), (H, S)))
+    ids, shares = bench_decode.random_ids(case, 5, 0), torch.rand(5, 2, generator=generator)
+    expected = moe_mlp(x, shares, ids, w1, w2, w3, layout=case.config.layout, activation="swiglu")
+    torch.testing.assert_close(bench_decode.loop(x, shares, ids, (w1, w2, w3), case), expected)
+    chosen = torch.tensor([[0, 3]])  # of widths 32 and 8
+    assert bench_decode.chosen_bytes(case, chosen, (w1, w2, w3)) == 3 * (32 + 8) * H * 4
 
 
 def test_cold_start(tmp_path: Path) -> None:
