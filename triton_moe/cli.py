@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import math
 import re
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from triton_moe.train.checkpoint import FILE_NAME, Checkpoint
 from triton_moe.train.config import TrainConfig
 from triton_moe.train.data import Corpus, windows
+from triton_moe.train.gpt import GPT
 from triton_moe.train.report import plot_usage, printable, usage_table
 from triton_moe.train.trainer import Trainer, stop_on_signal
 
@@ -55,10 +57,10 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or usable[-1])
 
 
-def _newest_run() -> Path:
+def _newest_run(argument: str) -> Path:
     runs = sorted(path.parent for path in RUNS.glob(f"*/{FILE_NAME}"))
     if not runs:
-        raise ValueError(f"resume: expected a run under {RUNS}/ or one named with --out, got none")
+        raise ValueError(f"{argument}: expected a run under {RUNS}/, or the folder of another, got none")
     return runs[-1]
 
 
@@ -81,7 +83,7 @@ def _start(
         given["expert_sizes"] = parse_sizes(given["expert_sizes"])
     checkpoint = None
     if resume:
-        out = out or _newest_run()
+        out = out or _newest_run("resume")
         checkpoint = _resumed(out, given)
         config, data = checkpoint.config, data or checkpoint.data
     else:
@@ -219,6 +221,40 @@ def train(
         console.print(f"Stopped after {trainer.done} steps; saved. Go on with {go_on}")
         raise typer.Exit(130)
     _conclude(trainer, out, sample_bytes, console)
+
+
+def _trained(path: Path | None, device: torch.device) -> GPT:
+    """A checkpoint's model, in the precision it was trained in. Raises ValueError if there is none."""
+    checkpoint = Checkpoint.load(path or _newest_run("checkpoint"), "checkpoint")
+    config = dataclasses.replace(checkpoint.config, backend="auto")  # it may have been trained elsewhere
+    model = GPT(config)
+    model.load_state_dict(dict(checkpoint.model))
+    return model.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32).eval()
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Folder of a run, or the checkpoint in it. [default: the newest run]")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Text to go on with.")] = PROMPT.decode(),
+    tokens: Annotated[int, typer.Option(min=0, help="Bytes to write after the prompt.")] = 300,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest bytes. [default: all]")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = None,
+) -> None:
+    """Write text with the model of a checkpoint that `train` saved."""
+    console = Console()
+    try:
+        model = _trained(checkpoint, _device(device))
+        start = time.perf_counter()
+        text = model.generate(prompt.encode(), tokens, temperature, seed, top_k)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    seconds = time.perf_counter() - start
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n{tokens} bytes in {seconds:.1f} s, {tokens / seconds:,.0f} a second", highlight=False)
 
 
 @app.command()

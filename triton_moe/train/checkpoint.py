@@ -59,19 +59,24 @@ class Checkpoint:
         return path
 
     @classmethod
-    def load(cls, folder: Path) -> Checkpoint:
-        """Raises ValueError if the folder holds no checkpoint of a run, or a damaged one."""
-        path = folder / FILE_NAME
+    def load(cls, folder: Path, argument: str = "resume") -> Checkpoint:
+        """That of a run's folder, or the file itself.
+
+        Raises ValueError, naming the argument, if there is no checkpoint of a run, or a damaged one.
+        """
+        path = folder if folder.is_file() else folder / FILE_NAME
         if not path.is_file():
-            raise ValueError(f"resume: expected a checkpoint at {path}, got none")
+            raise ValueError(f"{argument}: expected a checkpoint at {path}, got none")
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
-            raise ValueError(f"resume: expected a checkpoint at {path}, got a file that is none: {error}") from error
+            raise ValueError(
+                f"{argument}: expected a checkpoint at {path}, got a file that is none: {error}"
+            ) from error
         if about.get("format") != _FORMAT:
-            raise ValueError(f"resume: expected a checkpoint of format {_FORMAT}, got {about.get('format')!r}")
+            raise ValueError(f"{argument}: expected a checkpoint of format {_FORMAT}, got {about.get('format')!r}")
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
