@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import CASES, BenchCase, bench_case
@@ -103,7 +104,7 @@ def measure(
         options = {"layout": layout, "activation": config.activation}
         call = functools.partial(moe_mlp, x, topk_weights, ids, *weights, **options)
         plain = reference.moe_mlp(x, topk_weights, ids, *weights, **options)
-        wide = [None if w is None else w.double() for w in weights]
+        wide: Any = [None if w is None else w.double() for w in weights]
         truth = reference.moe_mlp(x.double(), topk_weights.double(), ids, *wide, **options)
         try:
             assert_within_budget(call(), truth, plain, eps_dtype=dtype, name=f"T={T}")

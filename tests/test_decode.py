@@ -1,6 +1,7 @@
 """A few tokens without gradients, as in decoding: a routing of their own, tiles of 16 rows, only the chosen read."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,8 @@ def oracle(inputs: Inputs, dtype: torch.dtype | None = None) -> Tensor:
 
     x, weights, *experts = (cast(getattr(inputs, name)) for name in ("x", "topk_weights", "w1", "w2", "w3"))
     biases = {name: cast(getattr(inputs, name)) for name in BIASES}
-    return reference.moe_mlp(
-        x, weights, inputs.topk_ids, *experts, layout=inputs.layout, activation=inputs.activation, **biases
-    )  # type: ignore[arg-type, misc]
+    operands: Any = (x, weights, inputs.topk_ids, *experts)
+    return reference.moe_mlp(*operands, layout=inputs.layout, activation=inputs.activation, **biases)
 
 
 def check(inputs: Inputs, **changes: object) -> None:

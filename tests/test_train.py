@@ -53,16 +53,6 @@ def command(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def trained_a_little() -> GPT:
-    """Weights at random, those too that a new model has at zero."""
-    torch.manual_seed(0)
-    model = GPT(TINY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) / 4)
-    return model
-
-
 class TestData:
     def test_last_twentieth_is_held_out(self, text: Path):
         corpus = Corpus.load(text)
@@ -210,49 +200,6 @@ class TestModel:
         with pytest.raises(ValueError, match=r"^prompt: expected at least one byte"):
             model.generate(b"", 1)
 
-    @pytest.mark.parametrize("parts", [[16], [1] * 16, [7, 1, 1, 4, 3]], ids=str)
-    def test_a_cache_changes_no_logits(self, parts: list[int]):
-        """Read at once, byte by byte, or in pieces: the same up to the order of sums, and the same next bytes."""
-        model, text = trained_a_little(), torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            expected = model(text).logits
-            cache = model.new_cache()
-            logits = torch.cat([model(part, cache).logits for part in text.split(parts, dim=1)], dim=1)
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(logits.argmax(-1), expected.argmax(-1))
-        assert [past.length for past in cache] == [16] * TINY.num_layers
-        with pytest.raises(ValueError, match="tokens: expected at most 16 a sequence, got 17"):
-            model(text[:, :1], cache)
-
-    def test_generate_is_what_no_cache_would_write(self):
-        """The likeliest bytes; past the context from its later half on."""
-        model, text = trained_a_little(), list(b"the quick")
-        seen = 0  # first byte that is looked back on
-        with torch.no_grad():
-            for _ in range(40):
-                if len(text) - seen > TINY.context:
-                    seen = len(text) - TINY.context // 2
-                text.append(int(model(torch.tensor([text[seen:]])).logits[0, -1].argmax()))
-        assert model.generate(b"the quick", 40, temperature=0) == bytes(text)
-        assert model.generate(b"x" * 30 + b"the quick", 3, temperature=0).startswith(b"x" * 30 + b"the quick")
-
-    def test_temperature_and_top_k(self):
-        model = trained_a_little()
-        greedy = model.generate(b"the ", 12, temperature=0)
-        assert model.generate(b"the ", 12, top_k=1) == greedy
-        assert model.generate(b"the ", 12, temperature=1e-4) == greedy
-        assert model.generate(b"the ", 12, temperature=5.0) != greedy
-        with torch.no_grad():
-            likeliest = set(model(torch.tensor([list(b"the ")])).logits[0, -1].topk(3).indices.tolist())
-        drawn = {model.generate(b"the ", 1, temperature=5.0, seed=seed, top_k=3)[-1] for seed in range(30)}
-        assert drawn == likeliest
-        for changes, message in (
-            ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
-            ({"top_k": 0}, "top_k: expected 1 to 256, got 0"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                model.generate(b"a", 1, **changes)  # type: ignore[arg-type]
-
 
 class TestTrainer:
     def test_resumed_is_uninterrupted(self, corpus: Corpus, tmp_path: Path):
@@ -360,56 +307,6 @@ class TestReport:
 
     def test_a_sample_cannot_move_the_cursor(self):
         assert printable(b"a\x1b[2Jb\r\n\tc\xff") == "a\ufffd[2Jb\ufffd\n\tc\ufffd"
-
-
-class TestSample:
-    """triton-moe sample"""
-
-    @staticmethod
-    def sample(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["sample", *arguments], env={"COLUMNS": "400", "TERM": "dumb"})
-        return result.exit_code, result.output
-
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    def test_writes_on(self, precision: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        trainer = Trainer(dataclasses.replace(TINY, precision=precision), corpus, CPU)
-        for _ in range(6):
-            trainer.step()
-        path = trainer.checkpoint().save(tmp_path / "runs" / "one")
-        options = ("--prompt", "the quick", "--tokens", "40", "--device", "cpu")
-        code, output = self.sample(str(path.parent), *options)
-        assert code == 0, output
-        assert output.startswith("the quick")
-        assert re.search(r"\n40 bytes in [\d.]+ s, [\d,]+ a second\n$", output)
-        if precision == "fp32":
-            assert output.startswith(printable(trainer.model.generate(b"the quick", 40)))
-        monkeypatch.chdir(tmp_path)
-        for again in ((str(path), *options), options):  # the file itself; the newest run
-            assert self.sample(*again)[1].rpartition("\n40 bytes")[0] == output.rpartition("\n40 bytes")[0]
-        other = self.sample(str(path), *options, "--seed", "1", "--temperature", "2", "--top-k", "200")[1]
-        assert other.rpartition("\n40 bytes")[0] != output.rpartition("\n40 bytes")[0]
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["nowhere"], "checkpoint: expected a checkpoint at nowhere/checkpoint.safetensors, got none"),
-            ([], "checkpoint: expected a run under runs/"),
-            (["text.txt"], "checkpoint: expected a checkpoint at text.txt, got a file that is none"),
-            (["run", "--prompt", ""], "prompt: expected at least one byte, got none"),
-            (["run", "--temperature", "-1"], "temperature: expected 0 or more, got -1.0"),
-            (["run", "--top-k", "999"], "top_k: expected 1 to 256, got 999"),
-            (["run", "--device", "tpu"], "device: expected one of cpu"),
-        ],
-        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-    )
-    def test_bad_arguments(
-        self, arguments: list[str], message: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        Trainer(TINY, corpus, CPU).checkpoint().save(tmp_path / "run")
-        monkeypatch.chdir(tmp_path)
-        code, output = self.sample(*arguments)
-        assert code == 2
-        assert message in output
 
 
 class TestCommand:

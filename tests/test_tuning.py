@@ -1,5 +1,6 @@
 """The tuning table, and the search that fills it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from triton_moe.cli import app
 
 pytest.importorskip("triton")
 
-from triton_moe import tune
+from triton_moe import products, tune
 from triton_moe.kernels import tuning
 from triton_moe.kernels.hopper.launch import fits
 from triton_moe.kernels.tuning import PipelineConfig, TileConfig
@@ -96,6 +97,40 @@ def test_bad_requests(option: str, value: str, message: str, monkeypatch: pytest
             "swiglu",
             value if option == "--precision" else "bf16",
         )
+
+
+def test_a_few_tokens_are_decoding() -> None:
+    few = dataclasses.replace(SHAPE, num_tokens=32)
+    assert tune.kernels_for(few, torch.bfloat16, torch.device("cpu")) == {
+        "decode_up_gated": "up",
+        "decode_down": "down",
+    }
+    assert "up_gated" in tune.kernels_for(SHAPE, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("product", products.OF_DECODING)
+def test_the_products_of_decoding_are_those_of_training(product: str, device: str) -> None:
+    few = dataclasses.replace(SHAPE, num_tokens=9)
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    made = [products.products(few, backend, dtype, torch.device(device)) for backend in ("decode", "triton")]
+    assert set(made[0]) == set(products.OF_DECODING)
+    if product in ("up", "down"):
+        assert products.disagreement(*(of_backend[product] for of_backend in made)) < products.TOLERANCE
+    made[0][product].call()
+    assert all(tensor.isfinite().all() for tensor in made[0][product].result()[:1])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_table")
+@pytest.mark.parametrize("kernel", ["decode_up_gated", "decode_down"])
+def test_search_for_decoding(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, few = torch.device("cuda", torch.cuda.current_device()), dataclasses.replace(SHAPE, num_tokens=32)
+    monkeypatch.setattr(tune, "DECODE_TILES", (TileConfig(64, 32, 4, 2), TileConfig(128, 64, 4, 40)))
+    product = tune.kernels_for(few, torch.bfloat16, device)[kernel]
+    before, small, impossible = dict(tune.search(kernel, product, few, torch.bfloat16, device)).values()
+    assert before is not None
+    assert small is not None
+    assert impossible is None
 
 
 @pytest.mark.gpu

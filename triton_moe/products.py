@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from triton_moe.activations import is_gated
+from triton_moe.kernels.decode import route_few
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import route
@@ -43,9 +45,13 @@ class Shape:
     activation: str
 
 
+OF_DECODING = "up", "down", "scatter", "route"
+
+
 def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
     """up, down, dh, dw1 (and dw3), dw2, dx: the products of a training step; its sums over a token's rows; the routing.
 
+    `backend` is one of `moe_mlp`'s, or "decode" for the kernels of few tokens without gradients, `OF_DECODING` alone.
     Rows are routed at random with equal shares; weights lie as `MoEMLP` has them; numbers are at unit scale.
     """
     layout, K, activation = shape.layout, shape.top_k, shape.activation
@@ -59,7 +65,8 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
     w3 = normal(H, S) / H**0.5 if gated else None
     ids = torch.rand(T, layout.num_experts, generator=generator, device=device).topk(K).indices.int()
     weights = torch.rand(T, K, generator=generator, device=device)
-    routing, parts = route(ids, layout, backend), 2 if gated else 1
+    make_routing = functools.partial(route, backend=backend) if backend != "decode" else route_few
+    routing, parts = make_routing(ids, layout), 2 if gated else 1
     rows = int(routing.read_ragged_numel())
     pre, act = normal(parts * rows), normal(rows)
     y, dx_rows = (x.new_zeros(T * K, H) for _ in range(2))
@@ -79,7 +86,7 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
         return lambda: sums.update({name: scatter_fwd(y, of, routing)})
 
     def route_again() -> None:
-        again = route(ids, layout, backend)
+        again = make_routing(ids, layout)
         routed[:] = [again.counts, again.row_offsets]
 
     # elements: of tokens, rows, weights, the activation (its pre-activation has `parts` times as many)
@@ -88,7 +95,7 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
     def product(call: Callable[[], object], result: Callable[[], list[Tensor]], gemms: int, elements: int) -> Product:
         return Product(call, result, gemms, elements * dtype.itemsize)
 
-    return {
+    made = {
         "up": product(
             lambda: grouped_gemm_up_fwd(x, w1, w3, kept_act, kept_pre, routing, activation),
             lambda: [kept_act, kept_pre], parts, t + parts * w + (parts + 1) * a,
@@ -107,6 +114,7 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
         "scatter_dx": product(scatter("dx", None), lambda: [sums["dx"]], 0, r + t),
         "route": Product(route_again, lambda: routed, 0, 4 * 3 * T * K),
     }  # fmt: skip
+    return {name: made[name] for name in OF_DECODING} if backend == "decode" else made
 
 
 def disagreement(actual: Product, expected: Product) -> float:

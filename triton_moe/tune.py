@@ -17,6 +17,7 @@ from triton.testing import do_bench
 from triton_moe import MoEConfig
 from triton_moe.activations import is_gated
 from triton_moe.kernels.config import capability
+from triton_moe.kernels.decode import is_few
 from triton_moe.kernels.hopper.launch import fits
 from triton_moe.kernels.tuning import PipelineConfig, TileConfig, configure, kind_of, table
 from triton_moe.products import TOLERANCE, Product, Shape, disagreement, products
@@ -25,6 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = {"up": "up", "down": "down", "dh": "dh", "dw": "dw1"}
 """Kernel -> the product that it is timed on."""
 TILES = tuple(TileConfig(n, k, w, s) for n, k, w, s in itertools.product((64, 128), (32, 64), (4, 8), (3, 4)))
+DECODE_TILES = tuple(TileConfig(n, k, 4, s) for n, k, s in itertools.product((32, 64, 128), (64, 128), (3, 4, 5)))
 PIPELINES = tuple(
     PipelineConfig(stages, *registers) for stages in (3, 4) for registers in ((40, 232), (56, 224), (72, 216))
 )
@@ -46,12 +48,21 @@ def request(
 
 
 def kernels_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
-    """Kernel's name in the table -> product, as far as this shape and device run it."""
+    """Kernel's name in the table -> product, as far as this shape and device run it. A few tokens are decoding."""
+    if is_few(shape.num_tokens * shape.top_k, shape.layout):
+        return {"decode_up_gated" if is_gated(shape.activation) else "decode_up": "up", "decode_down": "down"}
     gated = ("up", "dh") if is_gated(shape.activation) else ()
     names = {f"{kernel}_gated" if kernel in gated else kernel: product for kernel, product in PRODUCTS.items()}
     if fits(shape.layout, shape.hidden_size, dtype, device):
         names |= {f"hopper_{'up' if name == 'up_gated' else name}": product for name, product in names.items()}
     return names
+
+
+def _backend_and_candidates(kernel: str) -> tuple[str, tuple[TileConfig, ...] | tuple[PipelineConfig, ...]]:
+    """-> the backend of `products`, the configurations to try."""
+    if kind_of(kernel) is PipelineConfig:
+        return "hopper", PIPELINES
+    return ("decode", DECODE_TILES) if kernel.startswith("decode_") else ("triton", TILES)
 
 
 def _milliseconds(product: Product) -> float:
@@ -65,15 +76,15 @@ def search(
 ) -> Iterator[tuple[TileConfig | PipelineConfig, float | None]]:
     """Each configuration and its milliseconds, None if it does not fit or is wrong. The one in force comes first, and
     is in force again at the end."""
-    hopper, major_minor = kind_of(kernel) is PipelineConfig, capability(device)
-    made = products(shape, "hopper" if hopper else "triton", dtype, device)[product]
+    (backend, candidates), major_minor = _backend_and_candidates(kernel), capability(device)
+    made = products(shape, backend, dtype, device)[product]
     expected = products(shape, "triton", dtype, device)[product]
     before = table().get((f"{major_minor[0]}.{major_minor[1]}", kernel)) or table()["any", kernel]
     expected.call()
     truth = [tensor.clone() for tensor in expected.result()]
     known = dataclasses.replace(expected, call=lambda: None, result=lambda: truth)
     try:
-        for config in dict.fromkeys((before, *(PIPELINES if hopper else TILES))):
+        for config in dict.fromkeys((before, *candidates)):
             configure(kernel, major_minor, config)
             try:
                 right = disagreement(made, known) < TOLERANCE

@@ -108,11 +108,10 @@ def schedule(
     total_blocks = tl.sum(blocks)
     fill(row_blocks, 2 * total_blocks, 2 * num_row_blocks, -1, BLOCK)
     if tiles is not None:
-        if tl.program_id(0) == 0:
-            numbers = tiles[0]
-            tl.store(numbers, total_blocks)
-            tl.store(numbers + 1, tl.sum(blocks * narrow))
-            tl.store(numbers + 2, tl.sum(blocks * wide))
+        numbers, first = tiles[0], tl.program_id(0) == 0
+        tl.store(numbers, total_blocks, mask=first)
+        tl.store(numbers + 1, tl.sum(blocks * narrow), mask=first)
+        tl.store(numbers + 2, tl.sum(blocks * wide), mask=first)
 
 
 @triton.jit
