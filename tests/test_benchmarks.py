@@ -11,11 +11,13 @@ import bench_kernels
 import bench_moe
 import cold_start
 import contestants
+import layers
 import pytest
 import report
 import results
 import roofline
 import soak
+import stacked
 import stress
 import torch
 from cases import CASES, GROUPS, bench_case, select
@@ -63,7 +65,7 @@ def test_bench_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_contestant_that_raises_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(*_args: object) -> contestants.Layer:
+    def broken(*_args: object) -> layers.Layer:
         raise RuntimeError("no such kernel\nand a long story")
 
     monkeypatch.setitem(contestants.CONTESTANTS, "grouped_mm", broken)
@@ -71,7 +73,7 @@ def test_a_contestant_that_raises_is_named(
     assert "quick_uniform: no time for grouped_mm. RuntimeError: no such kernel\n" in capsys.readouterr().out
 
 
-def times_two(layer: contestants.Layer, name: str) -> contestants.Layer:
+def times_two(layer: layers.Layer, name: str) -> layers.Layer:
     """The same layer, with one of its gradients twice what it should be."""
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -93,7 +95,7 @@ def times_two(layer: contestants.Layer, name: str) -> contestants.Layer:
     ids=["zeros", "nan", "router gradient", "w3 gradient"],
 )
 def test_the_gate_refuses_a_wrong_contestant(
-    spoil: Callable[[contestants.Layer], contestants.Layer],
+    spoil: Callable[[layers.Layer], layers.Layer],
     contestant: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -110,10 +112,12 @@ def test_the_gate_refuses_a_wrong_contestant(
 def test_stacked_weights_are_the_packed_ones() -> None:
     layout = bench_case("", 1, 6, [(2, 8), (1, 3)], 1, "swiglu").config.layout
     packed = torch.randn(6, layout.total_width)
-    stacked = contestants._stack(packed, layout)
-    assert stacked.shape == (3, 6, 8)
-    assert not stacked[2, :, 3:].any()
-    assert torch.equal(contestants._unstack(stacked, layout), packed)
+    experts = stacked.stack(packed, layout, range(3), 8)
+    assert experts.shape == (3, 6, 8)
+    assert not experts[2, :, 3:].any()
+    again = torch.empty_like(packed)
+    stacked.unstack(experts, again, layout, range(3))
+    assert torch.equal(again, packed)
 
 
 def test_flops() -> None:
