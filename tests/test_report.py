@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -164,13 +163,11 @@ def test_a_folder_without_rows_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_command_writes_the_page(folder: Path, tmp_path: Path) -> None:
     written = tmp_path / "page.html"
-    command = [sys.executable, "-m", "triton_moe", "report", "--results", str(folder), "--page", str(written)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
+    assert report.main(["--results", str(folder), "--page", str(written)]) == 0
     assert written.read_text() == page(folder)
 
 
-def test_bench_runs_a_script_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_run_scripts_with_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
@@ -178,13 +175,15 @@ def test_bench_runs_a_script_with_its_options(monkeypatch: pytest.MonkeyPatch) -
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(cli.subprocess, "run", run)
-    for arguments in (["bench", "scaling", "--quick", "--sweeps", "T", "E"], ["bench", "--quick"], ["bench"]):
-        assert CliRunner().invoke(cli.app, arguments).exit_code == 3
+    for line in ("bench scaling --quick --sweeps T E", "bench --quick", "bench", "report --page p"):
+        assert CliRunner().invoke(cli.app, line.split()).exit_code == 3
     assert [[Path(script).name, *options] for script, *options in calls] == [
         ["bench_scaling.py", "--quick", "--sweeps", "T", "E"],
         ["bench_moe.py", "--quick"],
         ["bench_moe.py"],
+        ["report.py", "--page", "p"],
     ]
+    assert all(Path(script).exists() for script, *_ in calls)
 
 
 @pytest.mark.parametrize("arguments", [["bench"], ["report"]])
