@@ -8,11 +8,15 @@ A kernel that is wrong gets no time: each must agree with the same product on th
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 from cases import BenchCase, select
 from results import append, folder, provenance, text
 from timing import QUICK, ceilings, wall_times
