@@ -80,6 +80,7 @@ GROUPS = {
         bench_case("128x256_top8", 24576, 1536, [(128, 256)], 8, "swiglu"),
         bench_case("32x1024_top2", 24576, 1536, [(32, 1024)], 2, "swiglu"),
         bench_case("128x1024_top8_h4096", 32768, 4096, [(128, 1024)], 8, "swiglu"),
+        bench_case("128x768_top8_h2048", 16384, 2048, [(128, 768)], 8, "swiglu"),
         bench_case("128exp_variable_top8", 24576, 1536, [(32, 512), (64, 256), (32, 128)], 8, "swiglu"),
     ),
     "widths": (
