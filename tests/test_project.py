@@ -100,7 +100,7 @@ def test_an_import_upward_would_tell(file: str, source: str) -> None:
 
 
 def test_import_is_light() -> None:
-    """Without torch.compile, the commands' libraries and Triton, which take seconds; the kernels load that when used."""
+    """Without torch.compile, the commands' libraries and Triton, which take seconds; kernels load that when used."""
     program = "import sys, torch; before = set(sys.modules); import triton_moe; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()

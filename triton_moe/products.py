@@ -13,7 +13,7 @@ from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.route import route, trimmed
 from triton_moe.kernels.scatter import scatter_fwd
-from triton_moe.layout import ExpertLayout
+from triton_moe.layout import ExpertLayout, Routing
 
 TOLERANCE = 0.02
 """Of the relative difference, in 16 bits, between two ways to the same product."""
@@ -43,7 +43,10 @@ class Shape:
     activation: str
 
 
-def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
+def products(
+    shape: Shape, backend: str, dtype: torch.dtype, device: torch.device,
+    make_routing: Callable[[Tensor, ExpertLayout, str], Routing] = route,
+) -> dict[str, Product]:  # fmt: skip
     """up, down, dh, dw1 (and dw3), dw2, dx: the products of a training step; its sums over a token's rows; the routing.
 
     Rows are routed at random with equal shares; weights lie as `MoEMLP` has them; numbers are at unit scale.
@@ -59,7 +62,7 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
     w3 = normal(H, S) / H**0.5 if gated else None
     ids = torch.rand(T, layout.num_experts, generator=generator, device=device).topk(K).indices.int()
     weights = torch.rand(T, K, generator=generator, device=device)
-    routing, parts = route(ids, layout, backend), 2 if gated else 1
+    routing, parts = make_routing(ids, layout, backend), 2 if gated else 1
     rows = int(routing.read_ragged_numel())
     pre, act = normal(parts * rows), normal(rows)
     y, dx_rows = (x.new_zeros(T * K, H) for _ in range(2))
