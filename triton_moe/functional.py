@@ -273,11 +273,11 @@ def moe_mlp(
             _check_hopper(x, w1, w2, w3, layout)
         from triton_moe.ops.moe_mlp import moe_mlp as on_kernels
 
-        run, options = on_kernels, (activation_memory, recompute, backend)
+        run = functools.partial(on_kernels, backend=backend)
     else:
-        run, options = torch_backend.moe_mlp, (activation_memory, recompute)
+        run = torch_backend.moe_mlp
     tokens = x if x.dim() == 2 else x.reshape(num_tokens, hidden_size)
-    out = run(tokens, topk_weights, topk_ids, w1, w2, w3, layout, activation, *options)
+    out = run(tokens, topk_weights, topk_ids, w1, w2, w3, layout, activation, activation_memory, recompute)
     return out if x.dim() == 2 else out.view(x.shape)
 
 
