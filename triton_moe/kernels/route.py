@@ -180,30 +180,21 @@ def _launchers(layout: ExpertLayout, device: torch.device) -> _Launchers:
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _fixed_sizes(layout: ExpertLayout) -> tuple[list[int], list[int], list[int]]:
-    """What of `_sizes` no slot changes: pieces before its own, list entries of a row block, pieces after these."""
-    num_experts = layout.num_experts
-    of_experts = (num_experts, num_experts + 1, num_experts, 2 * (num_experts + 1))
-    weights = (2 * layout.num_column_blocks(columns) for columns in _COLUMNS)
-    ragged = [2 * cdiv(layout.max_width, columns) for columns in _COLUMNS]
-    return [_padded(size) for size in of_experts], ragged, [_padded(size) for size in weights]
-
-
-def _padded(size: int) -> int:
-    """int32 elements, rounded up to 16 bytes."""
-    return (size + 3) // 4 * 4
-
-
 def _sizes(num_slots: int, layout: ExpertLayout) -> list[int]:
     """Elements of the pieces of a packed routing, each a multiple of 16 bytes, in the order of `_routing`.
 
     num_slots may be symbolic: then so are the sizes.
     """
-    of_experts, ragged, weights = _fixed_sizes(layout)
-    num_blocks, slots = num_row_blocks(num_slots, layout, BLOCK_M), _padded(num_slots)
-    lists = [_padded(num_blocks * entries) for entries in ragged]
-    return [*of_experts, _padded(2 * num_blocks), slots, slots, 4, *lists, *weights]
+    num_experts, num_blocks = layout.num_experts, num_row_blocks(num_slots, layout, BLOCK_M)
+    of_experts = (num_experts, num_experts + 1, num_experts, 2 * (num_experts + 1))
+    of_slots = (2 * num_blocks, num_slots, num_slots)
+    ragged = (2 * num_blocks * cdiv(layout.max_width, columns) for columns in _COLUMNS)
+    weights = (2 * layout.num_column_blocks(columns) for columns in _COLUMNS)
+    return [(size + 3) // 4 * 4 for size in (*of_experts, *of_slots, 4, *ragged, *weights)]
+
+
+_known_sizes = functools.lru_cache(maxsize=1024)(_sizes)
+"""For eager calls: torch.compile looks through no cache."""
 
 
 def packed_numel(num_slots: int, layout: ExpertLayout) -> int:
@@ -227,7 +218,7 @@ _DTYPES = tuple(torch.int64 if place == _RAGGED_OFFSETS else torch.int32 for pla
 def unpack(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Routing:
     """The routing of `topk_ids`, for kernels: its tensors are `Piece`s of `packed`, a few elements too long."""
     address, first, pieces = packed.data_ptr(), 0, []
-    for size, dtype in zip(_sizes(topk_ids.numel(), layout), _DTYPES, strict=True):
+    for size, dtype in zip(_known_sizes(topk_ids.numel(), layout), _DTYPES, strict=True):
         pieces.append(Piece(packed, first, size, dtype, address + 4 * first))
         first += size
     return _routing(pieces, packed, topk_ids, layout, backend)
@@ -259,7 +250,7 @@ def route(topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Rout
     ids, num_experts, num_slots = topk_ids.contiguous(), layout.num_experts, topk_ids.numel()
     count, sum_spans, place, tables, experts = _launchers(layout, ids.device)
     num_spans = cdiv(num_slots, _SLOTS)
-    packed = torch.empty(packed_numel(num_slots, layout), dtype=torch.int32, device=ids.device)
+    packed = torch.empty(sum(_known_sizes(num_slots, layout)), dtype=torch.int32, device=ids.device)
     span_counts = packed.new_empty(num_spans * experts)
     routing = unpack(packed, topk_ids, layout, backend)
     assert routing.tiles is not None
