@@ -95,6 +95,7 @@ def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+@functools.lru_cache(maxsize=1024)
 def divides_widths(block: int, layout: ExpertLayout) -> bool:
     """Whether no tile of `block` columns sticks out of an expert."""
     return math.gcd(block, *layout.widths) == block
