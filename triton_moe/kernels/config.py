@@ -42,7 +42,7 @@ def tile_config(kernel: str, dtype: torch.dtype, device: torch.device) -> TileCo
 
 
 _FP64_TENSOR_CORES = (8, 0), (9, 0)
-"""Compute capabilities that multiply fp64 on tensor cores at the rate of fp32 without them; others 2 to 64 times slower."""
+"""Compute capabilities whose tensor cores multiply fp64 at the rate of fp32 without them."""
 
 
 def input_precision(dtype: torch.dtype, device: torch.device) -> str:

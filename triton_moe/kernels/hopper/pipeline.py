@@ -51,9 +51,8 @@ def wide_layout(columns):
 
 @gluon.constexpr_function
 def own_rows_layout(columns, half_way=False):
-    """64 rows where an accumulator has them: no row changes its warp. 16 bytes a thread, 64 bytes of a row at a time;
-    half way there, one of the two exchanges is still to come that an accumulator's columns need within fours of threads.
-    """
+    """64 rows where an accumulator has them: no row changes its warp. 16 bytes a thread, 64 bytes of a row at a time.
+    An accumulator's columns get there in two exchanges within fours of threads; half way, one is still to come."""
     across = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
     swapped = [[8, 0], [0, 16]] if half_way else [[0, 4], [8, 0]]
     return gl.DistributedLinearLayout(
@@ -175,8 +174,8 @@ def copy_rows(buffer, start, stride, num_rows, num_cols):
 @gluon.jit
 def store_own_rows(tile, start, stride, num_rows, num_cols):
     """Store the part of an accumulator's piece within num_rows and num_cols; see `row_pointers`. Unlike `store_rows` it
-    needs no shared memory and no barrier: threads exchange their columns. The compiler does one exchange so but not two,
-    and would make one conversion of both, were it not for the instruction between them, which does nothing."""
+    needs no shared memory and no barrier: threads exchange their columns. The compiler does so for one exchange but not
+    for two, and would fold both into one conversion, were it not for the instruction between, which does nothing."""
     half_way: gl.constexpr = own_rows_layout(tile.shape[1], True)
     layout: gl.constexpr = own_rows_layout(tile.shape[1])
     tile = gl.convert_layout(tile.to(start.dtype.element_ty), half_way)
