@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from cases import CASES, BenchCase, bench_case
 from results import append, folder, provenance, text
-from timing import captured, ceilings, wall_times
+from timing import QUICK, Call, captured, ceilings, wall_times
 from torch import Tensor
 
 from triton_moe import moe_mlp, reference
@@ -67,7 +67,7 @@ def loop(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: Weights, ca
     return out
 
 
-def graph_us(call, ids: Tensor, routings: Sequence[Tensor]) -> tuple[float, float]:
+def graph_us(call: Call, ids: Tensor, routings: Sequence[Tensor]) -> tuple[float, float]:
     """Median and spread of a replay's microseconds, over replays of these routings in turn, the L2 cache cold."""
     graph, _ = captured(call)
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device=ids.device)
@@ -112,14 +112,14 @@ def measure(
             print(f"{case.name}: no time. {error}", flush=True)
             continue
         size = statistics.mean(chosen_bytes(case, routing, weights) for routing in routings)
-        times = wall_times(
-            {"eager": call, "loop": functools.partial(loop, x, topk_weights, ids, weights, case)}, device,
-            **({"repeats": 3, "loop_seconds": 0.005} if quick else {}),
-        )  # fmt: skip
+        calls = {"eager": call, "loop": functools.partial(loop, x, topk_weights, ids, weights, case)}
+        times = wall_times(calls, device, QUICK if quick else None)
         replay, spread = graph_us(call, ids, routings) if device.type == "cuda" else (None, None)
         rows.append(
             {
-                "case": case.name, "T": T, "H": H, "K": K, "dtype": str(dtype).removeprefix("torch."),
+                "case": case.name, "T": T, "H": H,
+                "sizes": "+".join(f"{count}x{width}" for count, width in config.expert_sizes), "K": K,
+                "activation": config.activation, "dtype": str(dtype).removeprefix("torch."),
                 "chosen_MB": size / 1e6, "graph_us": replay, "graph_spread_us": spread,
                 "TBps": size / replay / 1e6 if replay else None,
                 "eager_us": 1e3 * times["eager"].median, "loop_us": 1e3 * times["loop"].median,

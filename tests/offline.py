@@ -39,7 +39,7 @@ def assembled(kernel):
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
         file.flush()
-        target = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
+        target = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 

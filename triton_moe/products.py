@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor
 
 from triton_moe.activations import is_gated
-from triton_moe.kernels.decode import route_few
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
-from triton_moe.kernels.route import route
+from triton_moe.kernels.route import route, trimmed
 from triton_moe.kernels.scatter import scatter_fwd
-from triton_moe.layout import ExpertLayout
+from triton_moe.layout import ExpertLayout, Routing
 
 TOLERANCE = 0.02
 """Of the relative difference, in 16 bits, between two ways to the same product."""
@@ -45,13 +43,12 @@ class Shape:
     activation: str
 
 
-OF_DECODING = "up", "down", "scatter", "route"
-
-
-def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
+def products(
+    shape: Shape, backend: str, dtype: torch.dtype, device: torch.device,
+    make_routing: Callable[[Tensor, ExpertLayout, str], Routing] = route,
+) -> dict[str, Product]:  # fmt: skip
     """up, down, dh, dw1 (and dw3), dw2, dx: the products of a training step; its sums over a token's rows; the routing.
 
-    `backend` is one of `moe_mlp`'s, or "decode" for the kernels of few tokens without gradients, `OF_DECODING` alone.
     Rows are routed at random with equal shares; weights lie as `MoEMLP` has them; numbers are at unit scale.
     """
     layout, K, activation = shape.layout, shape.top_k, shape.activation
@@ -65,8 +62,7 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
     w3 = normal(H, S) / H**0.5 if gated else None
     ids = torch.rand(T, layout.num_experts, generator=generator, device=device).topk(K).indices.int()
     weights = torch.rand(T, K, generator=generator, device=device)
-    make_routing = functools.partial(route, backend=backend) if backend != "decode" else route_few
-    routing, parts = make_routing(ids, layout), 2 if gated else 1
+    routing, parts = make_routing(ids, layout, backend), 2 if gated else 1
     rows = int(routing.read_ragged_numel())
     pre, act = normal(parts * rows), normal(rows)
     y, dx_rows = (x.new_zeros(T * K, H) for _ in range(2))
@@ -80,14 +76,17 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
     both = [dw1] if dw3 is None else [dw1, dw3]
     up_t = None if w3 is None else w3.t()
     sums: dict[str, Tensor] = {}
-    routed: list[Tensor] = []
+    routed: list[Tensor] = [routing.packed]  # type: ignore[list-item]
 
     def scatter(name: str, of: Tensor | None) -> Callable[[], None]:
         return lambda: sums.update({name: scatter_fwd(y, of, routing)})
 
     def route_again() -> None:
-        again = make_routing(ids, layout)
-        routed[:] = [again.counts, again.row_offsets]
+        routed[:] = [route(ids, layout, backend).packed]  # type: ignore[list-item]
+
+    def of_route() -> list[Tensor]:
+        again = trimmed(routed[0], ids, layout)
+        return [again.counts, again.row_offsets]
 
     # elements: of tokens, rows, weights, the activation (its pre-activation has `parts` times as many)
     t, r, w, a = T * H, T * K * H, S * H, rows
@@ -95,7 +94,7 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
     def product(call: Callable[[], object], result: Callable[[], list[Tensor]], gemms: int, elements: int) -> Product:
         return Product(call, result, gemms, elements * dtype.itemsize)
 
-    made = {
+    return {
         "up": product(
             lambda: grouped_gemm_up_fwd(x, w1, w3, kept_act, kept_pre, routing, activation),
             lambda: [kept_act, kept_pre], parts, t + parts * w + (parts + 1) * a,
@@ -112,9 +111,8 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
         ),
         "scatter": product(scatter("out", weights), lambda: [sums["out"]], 0, r + t),
         "scatter_dx": product(scatter("dx", None), lambda: [sums["dx"]], 0, r + t),
-        "route": Product(route_again, lambda: routed, 0, 4 * 3 * T * K),
+        "route": Product(route_again, of_route, 0, 4 * 3 * T * K),
     }  # fmt: skip
-    return {name: made[name] for name in OF_DECODING} if backend == "decode" else made
 
 
 def disagreement(actual: Product, expected: Product) -> float:

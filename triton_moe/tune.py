@@ -7,19 +7,22 @@ import datetime
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 from triton.testing import do_bench
 
 from triton_moe import MoEConfig
 from triton_moe.activations import is_gated
 from triton_moe.kernels.config import capability
-from triton_moe.kernels.decode import is_few
+from triton_moe.kernels.decode import is_few, route_few
 from triton_moe.kernels.hopper.launch import fits
+from triton_moe.kernels.route import route
 from triton_moe.kernels.tuning import PipelineConfig, TileConfig, configure, kind_of, table
+from triton_moe.layout import ExpertLayout, Routing
 from triton_moe.products import TOLERANCE, Product, Shape, disagreement, products
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,11 +61,15 @@ def kernels_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
     return names
 
 
-def _backend_and_candidates(kernel: str) -> tuple[str, tuple[TileConfig, ...] | tuple[PipelineConfig, ...]]:
-    """-> the backend of `products`, the configurations to try."""
+def _ways(
+    kernel: str,
+) -> tuple[str, Callable[[Tensor, ExpertLayout, str], Routing], Sequence[TileConfig | PipelineConfig]]:
+    """-> the backend and the routing of `products`, the configurations to try."""
     if kind_of(kernel) is PipelineConfig:
-        return "hopper", PIPELINES
-    return ("decode", DECODE_TILES) if kernel.startswith("decode_") else ("triton", TILES)
+        return "hopper", route, PIPELINES
+    if kernel.startswith("decode_"):
+        return "triton", lambda ids, layout, _: route_few(ids, layout), DECODE_TILES
+    return "triton", route, TILES
 
 
 def _milliseconds(product: Product) -> float:
@@ -76,8 +83,8 @@ def search(
 ) -> Iterator[tuple[TileConfig | PipelineConfig, float | None]]:
     """Each configuration and its milliseconds, None if it does not fit or is wrong. The one in force comes first, and
     is in force again at the end."""
-    (backend, candidates), major_minor = _backend_and_candidates(kernel), capability(device)
-    made = products(shape, backend, dtype, device)[product]
+    (backend, make_routing, candidates), major_minor = _ways(kernel), capability(device)
+    made = products(shape, backend, dtype, device, make_routing)[product]
     expected = products(shape, "triton", dtype, device)[product]
     before = table().get((f"{major_minor[0]}.{major_minor[1]}", kernel)) or table()["any", kernel]
     expected.call()

@@ -44,7 +44,7 @@ def tile_config(kernel: str, dtype: torch.dtype, device: torch.device, block_m: 
 
 
 _FP64_TENSOR_CORES = (8, 0), (9, 0)
-"""Compute capabilities that multiply fp64 on tensor cores at the rate of fp32 without them; others 2 to 64 times slower."""
+"""Compute capabilities whose tensor cores multiply fp64 at the rate of fp32 without them."""
 
 
 def input_precision(dtype: torch.dtype, device: torch.device) -> str:
@@ -97,6 +97,7 @@ def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+@functools.lru_cache(maxsize=1024)
 def divides_widths(block: int, layout: ExpertLayout) -> bool:
     """Whether no tile of `block` columns sticks out of an expert."""
     return math.gcd(block, *layout.widths) == block

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from triton_moe.kernels.config import FEW_ROWS_BLOCK_M, LayoutTables, layout_tables
 from triton_moe.kernels.launch import Launcher
-from triton_moe.kernels.route import fill, load_ids, schedule, store_offsets
-from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, num_row_blocks
+from triton_moe.kernels.route import empty_packed, fill, load_ids, schedule, store_offsets, unpack
+from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 MAX_SLOTS = 512
 """That a program reads at once."""
@@ -71,21 +71,14 @@ def _launcher(layout: ExpertLayout, device: torch.device) -> tuple[Launcher, Lay
 def route_few(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
     """`topk_ids (T, K)` int32 or int64, of which there are few (`is_few`) -> a `Routing` in row blocks of 16.
 
-    Its tensors are one-dimensional and a few elements too long. It has no lists of tiles: for forward GEMMs alone.
+    Its tensors are as `unpack` gives them. It has no lists of tiles: it is for the forward GEMMs alone.
     """
-    ids, num_experts, num_slots = topk_ids.contiguous(), layout.num_experts, topk_ids.numel()
+    ids = topk_ids.contiguous()
     launch, tables = _launcher(layout, ids.device)
-    num_blocks = num_row_blocks(num_slots, layout, FEW_ROWS_BLOCK_M)
-    of_experts = (num_experts, num_experts + 1, num_experts, 2 * (num_experts + 1))
-    sizes = [(size + 3) // 4 * 4 for size in (*of_experts, 2 * num_blocks, num_slots, num_slots)]
-    tensors = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split(sizes)
-    counts, row_offsets, expert_order, ragged_offsets, row_blocks, row_to_slot, slot_to_row = tensors
-    ragged_offsets = ragged_offsets.view(torch.int64)
+    routing = unpack(empty_packed(ids, layout, few=True), topk_ids, layout, "triton", few=True)
     launch(
-        (num_experts,), ids, tables.widths, tables.width_rank, counts, row_offsets, expert_order, ragged_offsets,
-        row_blocks, row_to_slot, slot_to_row, num_slots, num_blocks,
+        (layout.num_experts,), ids, tables.widths, tables.width_rank, routing.counts, routing.row_offsets,
+        routing.expert_order, routing.ragged_offsets, routing.row_blocks, routing.row_to_slot, routing.slot_to_row,
+        routing.num_rows, routing.num_row_blocks,
     )  # fmt: skip
-    return Routing(
-        layout, topk_ids, counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
-        FEW_ROWS_BLOCK_M, "triton",
-    )  # fmt: skip
+    return routing

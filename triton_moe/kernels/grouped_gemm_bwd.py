@@ -188,7 +188,8 @@ def grouped_gemm_dh(
     else:
         launch, tables, block_n = _dh_launcher(
             routing.layout, hidden_size, pre.dtype, pre.device, is_gated(activation), TOP_K=routing.top_k,
-            ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype, pre.device),
+            ACTIVATION=GATE_ACTIVATION.get(activation, activation),
+            INPUT_PRECISION=input_precision(pre.dtype, pre.device),
         )  # fmt: skip
     num_tiles_n = cdiv(routing.layout.max_width, block_n)
     act_weighted = pre.new_empty(pre.numel() // 2 if is_gated(activation) else pre.numel())
