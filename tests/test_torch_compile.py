@@ -88,6 +88,18 @@ def test_a_new_batch_size_compiles_nothing(device: str) -> None:
             assert_same(step(layer, compiled, x), step(layer, layer, x))
 
 
+def test_decoding_compiles_once(device: str) -> None:
+    """Whatever the number of tokens, few enough for tiles of 16 rows or not."""
+    layer = layer_on(device, bias=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        compiled(torch.randn(9, H, device=device))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for num_tokens in (2, 16, 64, 200):
+                x = torch.randn(num_tokens, H, device=device)
+                assert torch.equal(compiled(x)[0], layer(x)[0])
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_gpt_is_one_graph(dynamic: bool, device: str) -> None:
     torch.manual_seed(0)

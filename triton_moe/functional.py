@@ -248,8 +248,9 @@ def moe_mlp(
 
     Returns:
         x's shape and dtype; under autocast its dtype, to which x and the weights are cast first, as by nn.Linear.
-        Differentiable in all tensors but topk_ids; the same inputs give the same bits. On CUDA nothing is read back to
-        the host.
+        Differentiable in all tensors but topk_ids. The same inputs give the same bits; but a few tokens without
+        gradients, as in decoding, have tiles of their own, and may differ in the last bit from those with. On CUDA
+        nothing is read back to the host.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
