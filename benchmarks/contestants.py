@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from baselines import block_sparse, block_sparse_historical, stk, stk_historical
 from layers import CannotRun, Layer, State, layer_of, routed
+from results import ROOT
 from torch import Tensor, nn
+
+sys.path.append(str(ROOT / "examples"))
+from padded_experts import grouped_mm_mlp, stack
 
 from triton_moe import MoEConfig, MoEMLP
 from triton_moe.activations import GATE_ACTIVATION, is_gated
@@ -61,71 +65,28 @@ def torch_loop(config: MoEConfig, state: State) -> Layer:
     return _moe_mlp(config, state, "torch")
 
 
-def _stack(packed: Tensor, layout: ExpertLayout) -> Tensor:
-    """`(H, S)` -> `(E, H, max width)`, narrower experts padded with zeros."""
-    stacked = packed.new_zeros(layout.num_experts, packed.shape[0], layout.max_width)
-    for e, width in enumerate(layout.widths):
-        stacked[e, :, :width] = packed[:, layout.columns(e)]
-    return stacked
-
-
 def _unstack(stacked: Tensor, layout: ExpertLayout) -> Tensor:
     """`(E, H, max width)` -> `(H, S)`, without the padding."""
     return torch.cat([stacked[e, :, :width] for e, width in enumerate(layout.widths)], dim=1)
 
 
-class _Reorder(torch.autograd.Function):
-    """Rows `index` of a matrix. Every row is taken `copies` times, and `inverse (rows * copies)` says where each copy
-    went, so that backward is another selection and a sum: without atomic additions, and repeatable."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        rows = dout.index_select(0, inverse)
-        return rows if ctx.copies == 1 else rows.view(-1, ctx.copies, rows.shape[1]).sum(1), None, None, None
-
-
 class GroupedMM(nn.Module):
-    """PyTorch's grouped GEMM: sort the slots, gather, multiply, activate, multiply, and put the rows back.
+    """PyTorch's grouped GEMM, see `grouped_mm_mlp`.
 
     Takes one width for all experts, so narrower ones are padded to the widest with zeros. Gate and up are one GEMM.
-    Nothing is read back to the host.
     """
 
     def __init__(self, config: MoEConfig, state: State) -> None:
         super().__init__()
         self.config, layout = config, config.layout
-        ups = [_stack(state[name], layout) for name in ("w1", "w3") if name in state]
+        ups = [stack(state[name], layout) for name in ("w1", "w3") if name in state]
         self.router_weight = nn.Parameter(state["router.weight"].clone())
         self.w_up = nn.Parameter(torch.cat(ups, dim=2))
-        self.w_down = nn.Parameter(_stack(state["w2"].t(), layout).transpose(1, 2).contiguous())
-        self.experts = nn.Buffer(torch.arange(layout.num_experts, dtype=torch.int32, device=self.w_up.device))
+        self.w_down = nn.Parameter(stack(state["w2"].t(), layout).transpose(1, 2).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        K = self.config.num_active_experts
         topk_weights, topk_ids = routed(x, self.router_weight, self.config)
-        sorted_ids, row_to_slot = topk_ids.int().flatten().sort(stable=True)
-        offsets = torch.searchsorted(sorted_ids, self.experts, right=True, out_int32=True)
-        slot_to_row = torch.empty_like(row_to_slot)
-        slot_to_row[row_to_slot] = torch.arange(row_to_slot.numel(), device=x.device)
-
-        rows: Tensor = _Reorder.apply(x, row_to_slot // K, slot_to_row, K)  # type: ignore[assignment]
-        h = F.grouped_mm(rows, self.w_up, offs=offsets)
-        act = _activation(self.config)
-        if is_gated(self.config.activation):
-            gate, up = h.chunk(2, dim=1)
-            a = act(gate) * up
-        else:
-            a = act(h)
-        y: Tensor = F.grouped_mm(a, self.w_down, offs=offsets)
-        y = _Reorder.apply(y, slot_to_row, row_to_slot, 1)  # type: ignore[assignment]
-        return torch.bmm(topk_weights[:, None], y.view(-1, K, y.shape[1])).squeeze(1)
+        return grouped_mm_mlp(x, topk_weights, topk_ids, self.w_up, self.w_down, self.config.activation)
 
     def gradients(self) -> dict[str, Tensor]:
         layout = self.config.layout
@@ -174,8 +135,8 @@ def scattermoe(config: MoEConfig, state: State) -> Layer:
     up, down = mlp.get_parameter("experts.weight"), mlp.get_parameter("output_experts.weight")
     names = ("w3", "w1") if gated else ("w1",)
     with torch.no_grad():
-        up.copy_(torch.cat([_stack(state[name], layout) for name in names], dim=2).transpose(1, 2))
-        down.copy_(_stack(state["w2"].t(), layout))
+        up.copy_(torch.cat([stack(state[name], layout) for name in names], dim=2).transpose(1, 2))
+        down.copy_(stack(state["w2"].t(), layout))
 
     def forward(x: Tensor) -> Tensor:
         topk_weights, topk_ids = routed(x, router_weight, config)

@@ -18,6 +18,7 @@ from triton_moe.activations import is_gated
 from triton_moe.experts import DenseMLP
 
 ROTARY_BASE = 10_000.0
+AUXILIARY = ("load_balance_loss", "router_z_loss", "compute_loss")
 MoE = Callable[[MoEConfig], nn.Module]
 """Builds a layer `x (B, L, H) -> (out, aux, f (E))`, as `MoEMLP` is one."""
 
@@ -47,9 +48,9 @@ class GPTOutput(NamedTuple):
     loss: Tensor
     """() nats a token"""
     load_balance_loss: Tensor
-    """() mean over the MoE blocks"""
+    """() mean over the MoE blocks, as the next two"""
     router_z_loss: Tensor
-    """() likewise"""
+    compute_loss: Tensor
     usage: Tensor
     """(MoE blocks, E) the fraction of each one's slots that went to each expert"""
 
@@ -87,12 +88,12 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns x's successor and, of an MoE block, its load-balance loss, z-loss and usage."""
+        """Returns x's successor and, of an MoE block, its `AUXILIARY` losses and its usage."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         if isinstance(self.mlp, DenseMLP):
             return x + self.mlp(self.mlp_norm(x)), ()
         out, aux, f = self.mlp(self.mlp_norm(x))
-        return x + out, (aux["load_balance_loss"], aux["router_z_loss"], f.float())
+        return x + out, (*(aux[name] for name in AUXILIARY), f.float())
 
 
 class Head(nn.Module):
@@ -148,8 +149,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             x, of_block = block(x, self.cos[:length], self.sin[:length])
             of_moe += [of_block] if of_block else []
-        balance, z, usage = (torch.stack(values) for values in zip(*of_moe, strict=True))
-        return GPTOutput(self.head(x, targets), balance.mean(), z.mean(), usage)
+        *auxiliary, usage = (torch.stack(values) for values in zip(*of_moe, strict=True))
+        return GPTOutput._make((self.head(x, targets), *(values.mean() for values in auxiliary), usage))
 
 
 def active_parameters(config: GPTConfig, usage: Tensor | None = None) -> int:

@@ -50,6 +50,8 @@ class Config:
     weight_decay: float = 0.1
     load_balance_weight: float = 0.01
     router_z_weight: float = 0.001
+    compute_weight: float = 0.0
+    """Of the loss that makes wide experts dear."""
     balancing: str = "none"
     """A bias on the router's scores that balances the experts, see `BiasBalancing`."""
     balancing_speed: float = 1e-3

@@ -88,7 +88,9 @@ class Training:
         """Of each step, (MoE blocks, E) fp32 on the device."""
 
     def forward(self, sequences: Tensor) -> GPTOutput:
-        """`sequences (B, L + 1)`, on any device."""
+        """`sequences (B, L + 1)`, on the CPU."""
+        if self.device.type == "cuda":
+            sequences = sequences.pin_memory()  # without it the copy would wait for the steps before
         sequences = sequences.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.model(sequences[:, :-1], sequences[:, 1:])
@@ -100,8 +102,9 @@ class Training:
         for micro in range(config.accumulation):
             first = (self.done * config.accumulation + micro) * config.batch_size
             out = self.forward(self.tokens.batch(first, config.batch_size, config.context, config.seed))
-            auxiliary = config.load_balance_weight * out.load_balance_loss + config.router_z_weight * out.router_z_loss
-            ((out.loss + auxiliary) / config.accumulation).backward()
+            total = out.loss + config.load_balance_weight * out.load_balance_loss
+            total = total + config.router_z_weight * out.router_z_loss + config.compute_weight * out.compute_loss
+            (total / config.accumulation).backward()
             losses.append(out.loss.detach())
             usage.append(out.usage.detach())
         self.update()
