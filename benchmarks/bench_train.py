@@ -7,8 +7,8 @@ and without MoE MLPs. What their steps take less than the first two's is the tim
 included: that over the step is `moe_share`, by the wall, and `busy_moe_share`, by what the device executed (a profile).
 A step is batch, forward, backward, clipping and AdamW.
 
-Before they are timed, ours and PyTorch's must have losses that agree over the first steps from the same weights; exits
-with 1, and writes no row, if not.
+Before they are timed, output and gradients of the first MoE layer with our experts must agree with those of PyTorch's,
+from the same weights on the same tokens, within `GATE`; exits with 1, and writes no row, if not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from padded_experts import PaddedExperts
 from settings import Config
 from train_gpt import Training
 
-from triton_moe import MoEConfig
+from triton_moe import MoEConfig, MoEMLP
 from triton_moe.experts import Experts
 
 OURS, RIVAL, WITHOUT = "triton", "grouped_mm", "none"
@@ -46,9 +46,9 @@ DESCRIBED = (
     "hidden_size", "num_layers", "num_active_experts", "activation", "context", "batch_size", "accumulation",
     "vocabulary", "optimizer", "precision", "compile",
 )  # fmt: skip
-GATE_STEPS = 3
-GATE = 0.01
-"""Largest difference of two losses over either: they are bf16 computations of one function."""
+GATE_TOKENS = 512
+GATE = {"bf16": 0.02, "fp32": 1e-4}
+"""Largest norm of a difference over the norm, by precision: they are two computations of one function."""
 
 
 class NoMoE(nn.Module):
@@ -74,12 +74,25 @@ def contestants(config: Config, tokens: Tokens, device: torch.device) -> dict[st
     return {OURS: ours, RIVAL: rival, WITHOUT: Training(config, tokens, device, moe=NoMoE)}
 
 
+def outcome(training: Training) -> dict[str, Tensor]:
+    """Output of the first MoE layer on random tokens, and gradients of what both kinds of experts have."""
+    config, device = training.config, training.device
+    layer = next(module for module in training.model.modules() if isinstance(module, MoEMLP))
+    generator = torch.Generator(device).manual_seed(0)
+    x, dout = torch.randn(2, GATE_TOKENS, config.hidden_size, generator=generator, device=device)
+    x.requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        out = layer(x)[0]
+    dx, drouter = torch.autograd.grad(out, (x, layer.router.weight), dout.to(out.dtype))
+    return {"out": out.detach().float(), "dx": dx, "drouter": drouter}
+
+
 def agree(trainings: dict[str, Training]) -> bool:
-    """Whether the first steps of the two have the same losses, which are printed. All three are warm then."""
-    losses = {name: [float(training.step()) for _ in range(GATE_STEPS)] for name, training in trainings.items()}
-    pairs = list(zip(losses[OURS], losses[RIVAL], strict=True))
-    print(f"first losses: {', '.join(f'{a:.4f} and {b:.4f}' for a, b in pairs)}", flush=True)
-    return all(abs(a - b) <= GATE * abs(b) for a, b in pairs)
+    """Whether the first two compute the same. How far they are apart is printed."""
+    ours, rival = (outcome(trainings[name]) for name in (OURS, RIVAL))
+    apart = {name: float((ours[name] - value).norm() / value.norm()) for name, value in rival.items()}
+    print(", ".join(f"{name} {text(distance)} apart" for name, distance in apart.items()), flush=True)
+    return max(apart.values()) <= GATE[trainings[OURS].config.precision]
 
 
 def step_memory(training: Training) -> float | None:
@@ -142,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = Tokens.load(args.data, config.vocabulary)
     trainings = contestants(config, tokens, device)
     if not agree(trainings):
-        print("the losses differ: nothing is timed", file=sys.stderr)
+        print("the layers differ: nothing is timed", file=sys.stderr)
         return 1
     rows = [row | provenance(device) for row in measured(trainings, args.repeats, 0.001 if args.quick else 1.0)]
     append(folder(args.out, quick=args.quick, device=device) / "bench_train.csv", rows)

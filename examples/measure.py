@@ -54,7 +54,7 @@ def plot_usage(usage: Tensor, layout: ExpertLayout, path: Path) -> None:
             ax.set_axis_off()
             continue
         extent = (0, len(usage), layout.num_experts - 0.5, -0.5)
-        image = ax.imshow(shares[:, block].T, aspect="auto", vmin=0, vmax=3, cmap="viridis", extent=extent)
+        image = ax.imshow(shares[:, block].T.numpy(), aspect="auto", vmin=0, vmax=3, cmap="viridis", extent=extent)
         ax.set(title=f"MoE block {block}", yticks=firsts, yticklabels=[f"{layout.widths[e]} wide" for e in firsts])
     figure.colorbar(image, ax=axes, label="share of the slots x E")
     figure.supxlabel("step")
