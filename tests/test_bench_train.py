@@ -62,9 +62,14 @@ def test_train_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text.write_text(TEXT.read_text()[:12000])
     names = []
     for sizes in ([[4, 12]], [[2, 16], [2, 8]]):
-        config = {**dataclasses.asdict(bench_train.QUICK_CONFIG), "expert_sizes": sizes, "batch_size": 32, "steps": 999}
+        config = {
+            **dataclasses.asdict(bench_train.QUICK_CONFIG),
+            "expert_sizes": sizes,
+            "batch_size": 32,
+            "learning_rate": 0.01,
+        }
         names.append(tmp_path / f"{len(sizes)}_widths.json")
-        names[-1].write_text(json.dumps(config))
+        names[-1].write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), **changes}))
     out = tmp_path / "out"
     assert train_widths.main([*map(str, names), "--data", str(text), "--seeds", "0", "1", "--out", str(out)]) == 0
     rows = rows_of(out / "train_widths.csv")
@@ -73,7 +78,7 @@ def test_train_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ]
     for row in rows:
         assert 1.9 < float(row["passes"]) <= 2
-        assert float(row["held_out_loss"]) < 5.6
+        assert float(row["held_out_loss"]) < 5.5
     assert len({row["held_out_loss"] for row in rows}) > 1
     plot = out / "train_widths.svg"
     first = plot.read_text()

@@ -110,7 +110,7 @@ def test_the_gate_refuses_a_wrong_contestant(
 def test_stacked_weights_are_the_packed_ones() -> None:
     layout = bench_case("", 1, 6, [(2, 8), (1, 3)], 1, "swiglu").config.layout
     packed = torch.randn(6, layout.total_width)
-    stacked = contestants._stack(packed, layout)
+    stacked = contestants.stack(packed, layout)
     assert stacked.shape == (3, 6, 8)
     assert not stacked[2, :, 3:].any()
     assert torch.equal(contestants._unstack(stacked, layout), packed)
