@@ -64,11 +64,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal, with normalised queries and keys."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        H, self.num_heads = config.moe.hidden_size, config.num_heads
+        self.qkv, self.out = nn.Linear(H, 3 * H, bias=False), nn.Linear(H, H, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
@@ -84,7 +83,7 @@ class Block(nn.Module):
         super().__init__()
         H = config.moe.hidden_size
         self.attention_norm, self.mlp_norm = nn.RMSNorm(H), nn.RMSNorm(H)
-        self.attention = Attention(H, config.num_heads)
+        self.attention = Attention(config)
         self.mlp = mlp
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -62,12 +62,7 @@ def test_train_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text.write_text(TEXT.read_text()[:12000])
     names = []
     for sizes in ([[4, 12]], [[2, 16], [2, 8]]):
-        config = {
-            **dataclasses.asdict(bench_train.QUICK_CONFIG),
-            "expert_sizes": sizes,
-            "batch_size": 32,
-            "learning_rate": 0.01,
-        }
+        changes = {"expert_sizes": sizes, "batch_size": 32, "learning_rate": 0.01}
         names.append(tmp_path / f"{len(sizes)}_widths.json")
         names[-1].write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), **changes}))
     out = tmp_path / "out"

@@ -328,7 +328,12 @@ class TestTraining:
     @pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor:UserWarning"
     )  # Dynamo's own look, which it hides
-    def test_blocks_share_one_compilation(self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        "changes", [{"backend": "triton"}, {"experts": "grouped_mm", "precision": "bf16"}], ids=["triton", "grouped_mm"]
+    )
+    def test_blocks_share_one_compilation(
+        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], device: str
+    ) -> None:
         """And the compiled step is the eager one. Without code generation, which a GPU's run has and takes its time."""
         torch.compiler.reset()
         real: Callable[..., Any] = torch.compile
@@ -339,8 +344,11 @@ class TestTraining:
             return graph.forward
 
         monkeypatch.setattr(torch, "compile", lambda f, **kwargs: real(f, backend=backend, **kwargs))
-        config = dataclasses.replace(TINY, experts="grouped_mm", num_layers=3)
-        eager, compiled = (Training(dataclasses.replace(config, compile=how), tokens, CPU) for how in ("off", "blocks"))
+        config = dataclasses.replace(TINY, batch_size=2, **changes)
+        eager, compiled = (
+            Training(dataclasses.replace(config, compile=how), tokens, torch.device(device))
+            for how in ("off", "blocks")
+        )
         for _ in range(2):
             torch.testing.assert_close(compiled.step(), eager.step())
         assert compiled.held_out_loss(4) == pytest.approx(eager.held_out_loss(4), rel=1e-4)
