@@ -159,10 +159,55 @@ def stress(rows: Rows) -> list[str]:
     ]
 
 
+def training(rows: Rows) -> list[str]:
+    """A line a contestant: what a training step takes."""
+    rows = newest(rows)
+    first = rows[-1]
+    lines = [
+        f"Training steps of examples/train_gpt.py: {first['num_layers']} layers, hidden size {first['hidden_size']}, "
+        f"{first['sizes']} top-{first['num_active_experts']} {first['activation']}, {first['batch_size']} sequences of "
+        f"{first['context']} tokens, {first['precision']}, compiled, {first['optimizer']}, medians of loops in which the "
+        f"models take turns; the share of MoE MLPs is what a step takes longer than without them ({machine(first)}; "
+        f"`bench_train.csv`).",
+        "",
+        "| experts | compiled by | step, ms | tokens/s | MFU | share of MoE MLPs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shares = [f"{float(row[column]):.0%}" if row[column] else "" for column in ("mfu", "moe_share")]
+        rate = f"{float(row['tokens_per_second']):,.0f}"
+        lines.append(f"| {row['experts']} | {row['compile']} | {row['step_ms']} | {rate} | {' | '.join(shares)} |")
+    return lines
+
+
+def experiments(rows: Rows) -> list[str]:
+    """A line an experiment and seed of the last run."""
+    rows = newest(rows)
+    first = rows[-1]
+    lines = [
+        f"Experts of several widths, about equal in active parameters: {first['num_layers']} layers, hidden size "
+        f"{first['hidden_size']}, {first['steps']} steps, {first['passes']} passes over the Python standard library's "
+        f"sources, {first['optimizer']}, {first['balancing']} ({machine(first)}; `train_widths.csv`, "
+        f"[docs/train_widths.svg](docs/train_widths.svg)).",
+        "",
+        "| experts | seed | active parameters, even / as used | held-out loss, nats a token | tokens/s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        active = " / ".join(
+            f"{float(row[name]) / 1e6:.1f}M" for name in ("active_parameters", "active_parameters_used")
+        )
+        sizes, rate = f"{row['sizes']}, top-{row['num_active_experts']}", f"{float(row['tokens_per_second']):,.0f}"
+        lines.append(f"| {sizes} | {row['seed']} | {active} | {row['held_out_loss']} | {rate} |")
+    return lines
+
+
 SECTIONS: tuple[tuple[str, Callable[[Rows], list[str]]], ...] = (
     ("bench_moe.csv", speed),
     ("bench_moe.csv", widths),
     ("bench_host.csv", host),
+    ("bench_train.csv", training),
+    ("train_widths.csv", experiments),
     ("accuracy.csv", accuracy),
     ("stress.csv", stress),
 )
