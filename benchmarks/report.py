@@ -166,9 +166,9 @@ def training(rows: Rows) -> list[str]:
     lines = [
         f"Training steps of examples/train_gpt.py: {first['num_layers']} layers, hidden size {first['hidden_size']}, "
         f"{first['sizes']} top-{first['num_active_experts']} {first['activation']}, {first['batch_size']} sequences of "
-        f"{first['context']} tokens, {first['precision']}, compiled, {first['optimizer']}, medians of loops in which the "
-        f"models take turns; the share of MoE MLPs is what a step takes longer than without them ({machine(first)}; "
-        f"`bench_train.csv`).",
+        f"{first['context']} tokens, {first['precision']}, compiled, {first['optimizer']}, medians of loops in which "
+        f"the models take turns; the share of MoE MLPs is what a step takes longer than without them "
+        f"({machine(first)}; `bench_train.csv`).",
         "",
         "| experts | compiled by | step, ms | tokens/s | MFU | share of MoE MLPs |",
         "|---|---|---|---|---|---|",
@@ -194,9 +194,8 @@ def experiments(rows: Rows) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        active = " / ".join(
-            f"{float(row[name]) / 1e6:.1f}M" for name in ("active_parameters", "active_parameters_used")
-        )
+        counts = (row["active_parameters"], row["active_parameters_used"])
+        active = " / ".join(f"{float(count) / 1e6:.1f}M" for count in counts)
         sizes, rate = f"{row['sizes']}, top-{row['num_active_experts']}", f"{float(row['tokens_per_second']):,.0f}"
         lines.append(f"| {sizes} | {row['seed']} | {active} | {row['held_out_loss']} | {rate} |")
     return lines

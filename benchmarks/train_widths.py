@@ -33,7 +33,9 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 plt.rcParams["svg.hashsalt"] = "triton-moe"  # the same file from the same rows
-EXPERIMENTS = sorted((ROOT / "examples" / "experiments").glob("*.json"))
+EXPERIMENTS = sorted(
+    (ROOT / "examples" / "experiments").glob("*.json"), key=lambda path: (path.stem != "uniform", path.stem)
+)
 PASSES = 2
 NAME = "train_widths.csv"
 DESCRIBED = (
@@ -69,7 +71,7 @@ def experiment(name: str, config: Config, tokens: Tokens, device: torch.device, 
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Held-out loss and tokens/s, a bar an experiment: the mean of its seeds, each a dot."""
+    """Held-out loss and tokens/s, a line an experiment: a dot a seed, a bar at their mean."""
     names = list(dict.fromkeys(row["experiment"] for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.6 * len(names) + 1.6), layout="constrained", sharey=True)
     labels = {row["experiment"]: f"{row['sizes']}, top-{row['num_active_experts']}" for row in rows}
@@ -78,14 +80,13 @@ def draw(rows: Rows, path: Path) -> None:
         (axes[1], "tokens_per_second", "tokens/s"),
     ):
         values = [[float(row[column]) for row in rows if row["experiment"] == name] for name in names]
-        ax.barh(range(len(names)), [statistics.fmean(of_name) for of_name in values], color="lightsteelblue")
+        ax.plot([statistics.fmean(of_name) for of_name in values], range(len(names)), "|", markersize=16)
         for place, of_name in enumerate(values):
             ax.plot(of_name, [place] * len(of_name), ".", color="black")
         ax.set(title=title, yticks=range(len(names)), yticklabels=[labels[name] for name in names])
-    worst = max(float(row["held_out_loss"]) for row in rows)
-    best = min(float(row["held_out_loss"]) for row in rows)
-    axes[0].set_xlim(best - 0.5 * (worst - best) - 0.01, worst + 0.1 * (worst - best) + 0.01)
+        ax.grid(axis="y", alpha=0.4)
     axes[0].invert_yaxis()
+    axes[1].set_xlim(left=0)
     first = rows[0]
     figure.suptitle(f"{first['steps']} steps, {float(first['passes']):.1f} passes, {first['gpu']}, {first['commit']}")
     path.parent.mkdir(parents=True, exist_ok=True)
