@@ -85,6 +85,7 @@ def draw(rows: Rows, path: Path) -> None:
             ax.plot(of_name, [place] * len(of_name), ".", color="black")
         ax.set(title=title, yticks=range(len(names)), yticklabels=[labels[name] for name in names])
         ax.grid(axis="y", alpha=0.4)
+        ax.margins(y=0.2)
     axes[0].invert_yaxis()
     axes[1].set_xlim(left=0)
     first = rows[0]

@@ -45,7 +45,8 @@ class Config:
     warm_up: int = 30
     """Steps over which the learning rate rises; then it follows a cosine."""
     optimizer: str = "adamw"
-    """muon: for matrices, each expert's by itself; embedding, head, router and gains keep AdamW."""
+    """muon: for matrices, each expert's by itself; embedding, head, router and gains keep AdamW. PyTorch's Muon takes
+    them one after another, so with many experts it wants `accumulation` to hide its launches."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     load_balance_weight: float = 0.01
