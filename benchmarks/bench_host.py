@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from cases import CASES, BenchCase
 from results import append, folder, provenance, text
-from timing import Call, captured, ceilings, launches, wall_times
+from timing import QUICK, Call, captured, ceilings, launches, wall_times
 
 from triton_moe import MoEMLP
 
@@ -54,8 +54,7 @@ def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bo
         forward()
         step()
         calls |= {"graph_forward": captured(forward)[0].replay, "graph_step": captured(step)[0].replay}
-    effort = {"repeats": 3, "loop_seconds": 0.005} if quick else {}
-    times = {f"{name}_ms": time.median for name, time in wall_times(calls, device, **effort).items()}
+    times = {f"{name}_ms": time.median for name, time in wall_times(calls, device, QUICK if quick else None).items()}
     config = case.config
     return {
         "case": case.name,

@@ -8,14 +8,18 @@ A kernel that is wrong gets no time: each must agree with the same product on th
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 from cases import BenchCase, select
 from results import append, folder, provenance, text
-from timing import ceilings, wall_times
+from timing import QUICK, ceilings, wall_times
 
 from triton_moe.activations import is_gated
 from triton_moe.kernels.hopper.launch import fits
@@ -30,7 +34,6 @@ def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bo
     if fits(case.config.layout, case.config.hidden_size, dtype, device):
         backends.append("hopper")
     of_backend = {backend: products(shape, backend, dtype, device) for backend in backends}
-    effort = {"repeats": 3, "loop_seconds": 0.005} if quick else {}
     flops = case.forward_flops() / (3 if is_gated(case.config.activation) else 2)
     rows = []
     for name, portable in of_backend["triton"].items():
@@ -41,7 +44,7 @@ def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bo
                 calls[backend] = of_backend[backend][name].call
             else:
                 print(f"{case.name} {name}: no time for {backend}, which is off by {off:.3g}", flush=True)
-        for backend, time in wall_times(calls, device, **effort).items():
+        for backend, time in wall_times(calls, device, QUICK if quick else None).items():
             rows.append(
                 {
                     "case": case.name, "kernel": name, "backend": backend,

@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 from results import ROOT, append, folder, provenance, text
-from timing import MIB, ceilings, launches, wall_times
+from timing import MIB, Effort, ceilings, launches, wall_times
 from torch import Tensor, nn
 
 sys.path.append(str(ROOT / "examples"))
 from bpe import Tokens
 from gpt import AUXILIARY, flops_per_token
-from measure import mfu, peak_flops
 from padded_experts import PaddedExperts
 from settings import Config
 from train_gpt import Training
+from utilization import mfu, peak_flops
 
 from triton_moe import MoEConfig, MoEMLP
 from triton_moe.experts import Experts
@@ -106,11 +106,11 @@ def step_memory(training: Training) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def measured(trainings: dict[str, Training], repeats: int, loop_seconds: float) -> list[dict[str, object]]:
+def measured(trainings: dict[str, Training], effort: Effort) -> list[dict[str, object]]:
     """A row a contestant, without provenance."""
     config, device = trainings[OURS].config, trainings[OURS].device
     calls = {name: training.step for name, training in trainings.items()}
-    times = wall_times(calls, device, repeats=repeats, loop_seconds=loop_seconds)
+    times = wall_times(calls, device, effort)
     memory = {name: step_memory(training) for name, training in trainings.items()}
     profiles = {name: launches(call) for name, call in calls.items()} if device.type == "cuda" else {}
     peak, machine = peak_flops(device), ceilings(device)
@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not agree(trainings):
         print("the layers differ: nothing is timed", file=sys.stderr)
         return 1
-    rows = [row | provenance(device) for row in measured(trainings, args.repeats, 0.001 if args.quick else 1.0)]
+    effort = Effort(args.repeats, loop_seconds=0.001 if args.quick else 1.0)
+    rows = [row | provenance(device) for row in measured(trainings, effort)]
     append(folder(args.out, quick=args.quick, device=device) / "bench_train.csv", rows)
     for row in rows:
         print(", ".join(f"{key} {text(value)}" for key, value in row.items()), flush=True)

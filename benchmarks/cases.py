@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from triton_moe import MoEConfig
 from triton_moe.activations import is_gated
 
 Sizes = Sequence[tuple[int, int]]
+BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,16 @@ class BenchCase:
     num_tokens: int
     config: MoEConfig
 
-    @property
-    def uniform(self) -> bool:
-        return len(self.config.layout.width_classes) == 1
+    def columns(self) -> dict[str, int | str]:
+        """Those of a row of results that say what the shape is."""
+        config = self.config
+        return {
+            "T": self.num_tokens,
+            "H": config.hidden_size,
+            "sizes": "+".join(f"{count}x{width}" for count, width in config.expert_sizes),
+            "K": config.num_active_experts,
+            "activation": config.activation,
+        }
 
     def forward_flops(self) -> float:
         """Floating-point operations of the experts' GEMMs in one forward pass; a step is three times that.
@@ -61,6 +69,8 @@ GROUPS = {
         _seed_case("64exp_variable", 8, [(16, 512), (32, 256), (16, 128)]),
         _seed_case("128exp_uniform", 8, [(128, 256)]),
         _seed_case("128exp_variable", 8, [(32, 512), (64, 256), (32, 128)]),
+    ),
+    "seed_h768": (
         _seed_case("64exp_uniform_h768", 8, [(64, 256)], num_tokens=8192, hidden_size=768),
         _seed_case(
             "64exp_variable_h768", 8, [(16, 512), (32, 256), (16, 128)], num_tokens=8192, hidden_size=768
@@ -70,6 +80,7 @@ GROUPS = {
         bench_case("128x256_top8", 24576, 1536, [(128, 256)], 8, "swiglu"),
         bench_case("32x1024_top2", 24576, 1536, [(32, 1024)], 2, "swiglu"),
         bench_case("128x1024_top8_h4096", 32768, 4096, [(128, 1024)], 8, "swiglu"),
+        bench_case("128x768_top8_h2048", 16384, 2048, [(128, 768)], 8, "swiglu"),
         bench_case("128exp_variable_top8", 24576, 1536, [(32, 512), (64, 256), (32, 128)], 8, "swiglu"),
     ),
     "widths": (
@@ -89,18 +100,32 @@ GROUPS = {
         bench_case("quick_variable", 48, 32, [(2, 32), (2, 8)], 2, "swiglu"),
     ),
 }  # fmt: skip
-"""seed: the starting document's configurations; training: shapes of pretraining runs; widths: pairs of a uniform
-layout and one of other widths but about equal FLOPs; quick: for a CPU, in seconds."""
+"""seed: the starting document's configurations; seed_h768: two of them at its first user's size; training: shapes of
+pretraining runs; widths: pairs of a uniform layout and one of other widths but about equal FLOPs; quick: for a CPU, in
+seconds."""
 
 CASES = {case.name: case for group in GROUPS.values() for case in group}
 
 
 def select(names: Sequence[str]) -> list[BenchCase]:
-    """Cases by their names, by those of their groups, or all but the quick ones. ValueError on another name."""
-    groups = {**GROUPS, "all": (*GROUPS["seed"], *GROUPS["training"], *GROUPS["widths"])}
+    """Cases by their names, by those of their groups, or all of them but the quick ones. ValueError on another name."""
+    groups = {**GROUPS, "all": [case for name, group in GROUPS.items() if name != "quick" for case in group]}
     chosen: dict[str, BenchCase] = {}
     for name in names:
         if name not in groups and name not in CASES:
             raise ValueError(f"cases: expected some of {', '.join((*groups, *CASES))}, got {name!r}")
         chosen |= {case.name: case for case in groups.get(name) or (CASES[name],)}
     return list(chosen.values())
+
+
+def with_batch_sizes(cases: Sequence[BenchCase], batch_sizes: Sequence[int]) -> list[BenchCase]:
+    """Each case with so many batches of `BATCH_TOKENS` tokens, named after them. ValueError on less than one."""
+    if min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes: expected 1 or more each, got {min(batch_sizes)}")
+    return [
+        case
+        if case.num_tokens == size * BATCH_TOKENS
+        else replace(case, name=f"{case.name}_batch{size}", num_tokens=size * BATCH_TOKENS)
+        for case in cases
+        for size in batch_sizes
+    ]

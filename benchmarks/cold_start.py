@@ -2,7 +2,9 @@
 
     python benchmarks/cold_start.py --cases 128x256_top8
 
-Each time in a process of its own, from before `import triton_moe` to the end of the step; `import torch` comes before.
+Each time in a process of its own, from before `import triton_moe` to the end of the step; `import torch` and the
+device's context come before. With a warm cache the row has the parts too: the import, the layer and its input, the
+forward and the backward pass of the first step.
 """
 
 from __future__ import annotations
@@ -28,15 +30,30 @@ begun = time.perf_counter()
 from cases import CASES
 from triton_moe import MoEMLP
 case, dtype = CASES[sys.argv[1]], torch.bfloat16 if device.type == "cuda" else torch.float32
+times = [time.perf_counter()]
+
+def done():
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    times.append(time.perf_counter())
+
 layer = MoEMLP(case.config, device=device, dtype=dtype)
 x = torch.randn(case.num_tokens, case.config.hidden_size, device=device, dtype=dtype, requires_grad=True)
-layer(x)[0].sum().backward()
+done()
+loss = layer(x)[0].sum()
+done()
+loss.backward()
 assert x.grad.isfinite().all()
-print(time.perf_counter() - begun)
+done()
+print(*(end - start for start, end in zip([begun, *times], times)))
 """
 
 
-def first_step_seconds(case: str, device: torch.device, cache: str) -> float:
+PARTS = ("import", "layer", "forward", "backward")
+
+
+def first_step_seconds(case: str, device: torch.device, cache: str) -> dict[str, float]:
+    """Of each of `PARTS`."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": path}
     command = [sys.executable, "-c", FIRST_STEP, case, str(device)]
@@ -45,7 +62,7 @@ def first_step_seconds(case: str, device: torch.device, cache: str) -> float:
     )
     if done.returncode != 0:
         raise RuntimeError(f"the first step of {case} failed: {done.stderr[-500:]}")
-    return float(done.stdout)
+    return dict(zip(PARTS, map(float, done.stdout.split()), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = folder(args.out, quick=args.quick, device=device) / "cold_start.csv"
     for name in args.cases or (["quick_variable"] if args.quick else ["128x256_top8", "128exp_variable"]):
         with tempfile.TemporaryDirectory() as cache:
-            times = [first_step_seconds(name, device, cache) for _ in range(2)]
-        row = {"case": name, "empty_cache_s": times[0], "warm_cache_s": times[1], **provenance(device)}
+            empty, warm = (first_step_seconds(name, device, cache) for _ in range(2))
+        parts = {f"warm_{part}_s": seconds for part, seconds in warm.items()}
+        total = {"empty_cache_s": sum(empty.values()), "warm_cache_s": sum(warm.values())}
+        row = {"case": name, **total, **parts, **provenance(device)}
         append(path, [row])
         print(", ".join(f"{key} {text(value)}" for key, value in row.items()), flush=True)
     return 0

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bench_moe import DTYPES, initial_state, oracle, outcome, tokens
 from cases import BenchCase, select
+from command import DTYPES
 from contestants import CONTESTANTS
+from gate import initial_state, oracle, outcome, tokens
 from layers import CannotRun
+from measure import described
 from results import append, folder, provenance, text
 from torch import Tensor
 
@@ -50,19 +52,11 @@ def measure(case: BenchCase, names: Sequence[str], dtype: torch.dtype, device: t
             print(f"{case.name}: nothing of {name}. {reason}", flush=True)
             continue
         for tensor, expected in truth.items():
-            rows.append({
-                "case": case.name,
-                "contestant": name,
-                "T": case.num_tokens,
-                "H": config.hidden_size,
-                "sizes": "+".join(f"{count}x{width}" for count, width in config.expert_sizes),
-                "K": config.num_active_experts,
-                "activation": config.activation,
-                "dtype": str(dtype).removeprefix("torch."),
-                "tensor": tensor,
+            error = {
                 "cosine": cosine(found[tensor], expected),
                 "relative_error": relative_error(found[tensor], expected),
-            })  # fmt: skip
+            }
+            rows.append({**described(case, name, dtype), "tensor": tensor, **error})
     return rows
 
 

@@ -29,6 +29,12 @@ class Layer:
     parameters: list[Tensor]
     gradients: Callable[[], dict[str, Tensor]]
     """Of drouter, dw1, dw2 and, if gated, dw3, in the shapes of the state dict, after a backward pass."""
+    module: MoEMLP | None = None
+    """Where its stages can be taken apart."""
+    replayed: bool = False
+    """Whether it is captured as CUDA graphs, the forward pass as one and a step as one, and their replays are timed."""
+    another_function: bool = False
+    """Whether it computes something else, so that no oracle can judge it."""
 
 
 def routed(x: Tensor, weight: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
@@ -47,4 +53,4 @@ def layer_of(module: MoEMLP, state: State) -> Layer:
     def gradients() -> dict[str, Tensor]:
         return {name: weight.grad for name, weight in names.items() if weight is not None and weight.grad is not None}
 
-    return Layer(lambda x: module(x)[0], list(module.parameters()), gradients)
+    return Layer(lambda x: module(x)[0], list(module.parameters()), gradients, module)

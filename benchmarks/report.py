@@ -1,254 +1,32 @@
-"""Write the measured parts of the README and of docs/gradients.md from the rows in `results/`.
+"""Write what the rows in `results/` say: the measured parts of the README and of docs/gradients.md, and one HTML page.
 
     python benchmarks/report.py
 
-Of each benchmark the newest rows count: those of the last run of it, or of each of its cases.
+The page has the same tables, plots, and every row; a browser opens it without a network.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cases import GROUPS
+from page import page
 from results import ROOT
+from tables import RESULTS, Table, gradients_of, tables_of
 
-RESULTS = ROOT / "benchmarks" / "results"
-README, GRADIENTS = ROOT / "README.md", ROOT / "docs" / "gradients.md"
 BEGIN, END = "<!-- measured: written by benchmarks/report.py -->", "<!-- end of measured -->"
-OURS = "triton_moe"
-RIVALS = {
-    "grouped_mm": "torch grouped_mm (padded to the widest expert)",
-    "scattermoe": "ScatterMoE (one width alone)",
+DOCUMENTS: dict[Path, Callable[[Path], list[Table]]] = {
+    ROOT / "README.md": tables_of,
+    ROOT / "docs" / "gradients.md": gradients_of,
 }
 
-Rows = list[dict[str, str]]
 
-
-def rows_of(path: Path) -> Rows:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def run_of(row: dict[str, str]) -> tuple[str, str]:
-    return row["date"], row["commit"]
-
-
-def newest(rows: Rows) -> Rows:
-    """Those of the last run."""
-    return [row for row in rows if run_of(row) == run_of(rows[-1])]
-
-
-def newest_of_each_case(rows: Rows, contestants: Collection[str]) -> list[Rows]:
-    """Of each case the rows of the last run that had all these contestants: ratios come from one run."""
-    runs: dict[str, dict[tuple[str, str], dict[str, dict[str, str]]]] = {}
-    for row in rows:
-        contestant = row.get("contestant", "")
-        if contestant in contestants:
-            runs.setdefault(row["case"], {}).setdefault(run_of(row), {})[contestant] = row
-    complete = [[run for run in of_case.values() if len(run) == len(contestants)] for of_case in runs.values()]
-    return [list(of_case[-1].values()) for of_case in complete if of_case]
-
-
-def machine(row: dict[str, str]) -> str:
-    return f"{row['gpu']}, torch {row['torch']}, triton {row['triton']}, {row['date']}, commit {row['commit']}"
-
-
-def machines(rows: Rows) -> str:
-    """That of the last row, and the commits of all."""
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return machine({**rows[-1], "commit": commits})
-
-
-def shape(row: dict[str, str]) -> str:
-    return ", ".join(row[column] for column in ("T", "H", "sizes", "K", "activation") if column in row)
-
-
-def speed(rows: Rows) -> list[str]:
-    """A table a rival, a line a case: forward / step in milliseconds."""
-    lines = []
-    for rival, name in RIVALS.items():
-        cases = newest_of_each_case(rows, (OURS, rival))
-        if not cases:
-            continue
-        used = [row for case in cases for row in case]
-        lines += [
-            f"Forward / forward and backward in ms beside {name}, bf16, the same router, auxiliary losses off, medians "
-            f"of loops in which the contestants take turns ({machines(used)}; cuBLAS 8192^3 ran at "
-            f"{used[-1]['cublas_8192_tflops']} TFLOP/s, a torch add took {used[-1]['torch_add_us']} us of host time; "
-            f"`benchmarks/results/bench_moe.csv`).",
-            "",
-            f"| T, H, sizes, K, activation | this project | {name} |",
-            "|---|---|---|",
-        ]
-        for case in cases:
-            times = {row["contestant"]: f"{row['forward_ms']} / {row['step_ms']}" for row in case}
-            lines.append(f"| {shape(case[0])} | {times[OURS]} | {times[rival]} |")
-        lines.append("")
-    return lines[:-1]
-
-
-def widths(rows: Rows) -> list[str]:
-    """A line a pair of a uniform layout and another one: TFLOP/s, and what is left of the uniform one's."""
-    ours = {row["case"]: row for row in rows if row["contestant"] == OURS}
-    names = [case.name for case in GROUPS["widths"] if case.name in ours]
-    pairs = [(ours[uniform], ours[other]) for uniform, other in zip(names[::2], names[1::2], strict=True)]
-    if not pairs:
-        return []
-    lines = [
-        f"What widths cost: TFLOP/s forward / step of layouts with about equal FLOPs, SwiGLU, bf16 "
-        f"({machines([row for pair in pairs for row in pair])}; `bench_moe.csv`).",
-        "",
-        "| T, H, K | uniform | TFLOP/s | other widths | TFLOP/s | of the uniform |",
-        "|---|---|---|---|---|---|",
-    ]
-    for pair in pairs:
-        rates = [[float(row[column]) for column in ("forward_tflops", "step_tflops")] for row in pair]
-        speeds = [f"{forward:.0f} / {step:.0f}" for forward, step in rates]
-        share = " / ".join(f"{other / uniform:.0%}" for uniform, other in zip(*rates, strict=True))
-        sizes = [row["case"] if len(row["sizes"]) > 40 else row["sizes"] for row in pair]
-        of_pair = ", ".join(pair[0][column] for column in ("T", "H", "K"))
-        lines.append(f"| {of_pair} | {sizes[0]} | {speeds[0]} | {sizes[1]} | {speeds[1]} | {share} |")
-    return lines
-
-
-def host(rows: Rows) -> list[str]:
-    """A line a case: eager and as a CUDA graph."""
-    used = [case[-1] for case in newest_of_each_case(rows, ("",))]
-    lines = [
-        f"Small shapes with the three losses, where the host decides: forward / forward and backward in ms, and kernel "
-        f"launches ({machines(used)}; a torch add took {used[-1]['torch_add_us']} us of host time; `bench_host.csv`).",
-        "",
-        "| T, H, sizes, K | eager | CUDA graph | launches |",
-        "|---|---|---|---|",
-    ]
-    for row in used:
-        columns = (
-            ("forward_ms", "step_ms"),
-            ("graph_forward_ms", "graph_step_ms"),
-            ("launches_forward", "launches_step"),
-        )
-        lines.append(f"| {shape(row)} | " + " | ".join(f"{row[a]} / {row[b]}" for a, b in columns) + " |")
-    return lines
-
-
-def accuracy(rows: Rows) -> list[str]:
-    rows = newest(rows)
-    ratios = [float(row["ratio"]) for row in rows if row["ratio"]]
-    passed = sum(row["result"] == "pass" for row in rows)
-    return [
-        f"Against the fp64 oracle, output and every gradient of the full-size cases in bf16, fp16 and fp32: {passed} "
-        f"of {len(rows)} comparisons within the error budget, the rms error {min(ratios):.2f} to {max(ratios):.2f} "
-        f"times that of plain PyTorch in the same dtype ({machine(rows[-1])}; `accuracy.csv`)."
-    ]
-
-
-def stress(rows: Rows) -> list[str]:
-    """The last row of each backend."""
-    said = [
-        f"backend {row['backend']} {row['draws']} draws, {row['mismatches']} outside the error budget, "
-        f"{row['bitwise_differences']} that differed between two runs ({machine(row)})"
-        for row in {row["backend"]: row for row in rows}.values()
-    ]
-    return [
-        f"Random layers and routings, forward and backward, each against the oracle and run twice: {'; '.join(said)} "
-        f"(`stress.csv`)."
-    ]
-
-
-def training(rows: Rows) -> list[str]:
-    """A line a contestant: what a training step takes."""
-    rows = newest(rows)
-    first = rows[-1]
-    lines = [
-        f"Training steps of examples/train_gpt.py: {first['num_layers']} layers, hidden size {first['hidden_size']}, "
-        f"{first['sizes']} top-{first['num_active_experts']} {first['activation']}, {first['batch_size']} sequences of "
-        f"{first['context']} tokens, {first['precision']}, compiled, {first['optimizer']}, medians of loops in which "
-        f"the models take turns; the share of MoE MLPs is what a step takes longer than without them "
-        f"({machine(first)}; `bench_train.csv`).",
-        "",
-        "| experts | compiled by | step, ms | tokens/s | MFU | share of MoE MLPs |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        shares = [f"{float(row[column]):.0%}" if row[column] else "" for column in ("mfu", "moe_share")]
-        rate = f"{float(row['tokens_per_second']):,.0f}"
-        lines.append(f"| {row['experts']} | {row['compile']} | {row['step_ms']} | {rate} | {' | '.join(shares)} |")
-    return lines
-
-
-def experiments(rows: Rows) -> list[str]:
-    """A line an experiment and seed of the last run."""
-    rows = newest(rows)
-    first = rows[-1]
-    lines = [
-        f"Experts of several widths, about equal in active parameters: {first['num_layers']} layers, hidden size "
-        f"{first['hidden_size']}, {first['steps']} steps, {first['passes']} passes over the Python standard library's "
-        f"sources, {first['optimizer']}, {first['balancing']} ({machine(first)}; `train_widths.csv`, "
-        f"[docs/train_widths.svg](docs/train_widths.svg)).",
-        "",
-        "| experts | seed | active parameters, even / as used | held-out loss, nats a token | tokens/s |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        counts = (row["active_parameters"], row["active_parameters_used"])
-        active = " / ".join(f"{float(count) / 1e6:.1f}M" for count in counts)
-        sizes, rate = f"{row['sizes']}, top-{row['num_active_experts']}", f"{float(row['tokens_per_second']):,.0f}"
-        lines.append(f"| {sizes} | {row['seed']} | {active} | {row['held_out_loss']} | {rate} |")
-    return lines
-
-
-SECTIONS: tuple[tuple[str, Callable[[Rows], list[str]]], ...] = (
-    ("bench_moe.csv", speed),
-    ("bench_moe.csv", widths),
-    ("bench_host.csv", host),
-    ("bench_train.csv", training),
-    ("train_widths.csv", experiments),
-    ("accuracy.csv", accuracy),
-    ("stress.csv", stress),
-)
-
-
-def measured(folder: Path = RESULTS) -> str:
-    """What the rows say, as Markdown."""
-    parts = [section(rows_of(folder / name)) for name, section in SECTIONS if (folder / name).exists()]
-    return "\n\n".join("\n".join(lines) for lines in parts if lines)
-
-
-def gradients(folder: Path = RESULTS) -> str:
-    """A table a machine and dtype, a line a case and contestant: cosine similarity and relative error of dw1, dw2."""
-    path = folder / "gradients.csv"
-    newest_rows = {
-        tuple(row[key] for key in ("gpu", "dtype", "case", "contestant", "tensor")): row
-        for row in (rows_of(path) if path.exists() else [])
-    }
-    tables: dict[tuple[str, str], Rows] = {}
-    for row in newest_rows.values():
-        tables.setdefault((row["gpu"], row["dtype"]), []).append(row)
-    lines = []
-    for (_, dtype), rows in tables.items():
-        lines += [
-            f"{dtype} ({machines(rows)}; `benchmarks/results/gradients.csv`), cosine similarity / relative error:",
-            "",
-            "| case | layer | dw1 | dw2 |",
-            "|---|---|---|---|",
-        ]
-        figures = {
-            tuple(row[key] for key in ("case", "contestant", "tensor")): f"{row['cosine']} / {row['relative_error']}"
-            for row in rows
-        }
-        for case, contestant in dict.fromkeys((row["case"], row["contestant"]) for row in rows):
-            cells = " | ".join(figures[case, contestant, tensor] for tensor in ("dw1", "dw2"))
-            lines.append(f"| {case} | {contestant} | {cells} |")
-        lines.append("")
-    return "\n".join(lines[:-1])
-
-
-def with_measured(document: str, body: str) -> str:
+def with_measured(document: str, tables: Sequence[Table]) -> str:
     """The document's text with its measured part made anew."""
+    body = "\n\n".join(table.markdown() for table in tables)
     changed, count = re.subn(
         f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{body}\n{END}", document, flags=re.DOTALL
     )
@@ -257,14 +35,19 @@ def with_measured(document: str, body: str) -> str:
     return changed
 
 
-DOCUMENTS: dict[Path, Callable[[], str]] = {README: measured, GRADIENTS: gradients}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    if argv if argv is not None else sys.argv[1:]:
-        raise SystemExit("usage: python benchmarks/report.py")
-    for path, body in DOCUMENTS.items():
-        path.write_text(with_measured(path.read_text(), body()))
+    parser = argparse.ArgumentParser(prog="report.py", description="Tables and plots from the rows of benchmarks.")
+    parser.add_argument("--page", type=Path, default=Path("report.html"), help="the HTML page (report.html)")
+    parser.add_argument("--results", type=Path, help="a folder of other rows, from which only the page is written")
+    args = parser.parse_args(argv)
+    folder = args.results or RESULTS
+    if not any(folder.glob("*.csv")):
+        parser.error(f"--results: expected a folder with CSV files, got {folder}")
+    if args.results is None:
+        for path, tables in DOCUMENTS.items():
+            path.write_text(with_measured(path.read_text(), tables(folder)))
+    args.page.write_text(page(folder))
+    print(args.page)
     return 0
 
 

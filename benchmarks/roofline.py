@@ -15,16 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-from report import RESULTS, Rows, newest, rows_of
 from results import ROOT
+from tables import RESULTS, Rows, newest, rows_of
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 plt.rcParams["svg.hashsalt"] = "triton-moe"  # the same file from the same rows
 
 
-def draw(rows: Rows, path: Path) -> None:
+def roofline(rows: Rows) -> Figure:
     """Raises ValueError without a row that has both rates."""
     placed = [row for row in rows if row["tflops"] and row["TBps"]]
     if not placed:
@@ -47,6 +48,11 @@ def draw(rows: Rows, path: Path) -> None:
     )
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s")
     axes.legend()
+    return figure
+
+
+def draw(rows: Rows, path: Path) -> None:
+    figure = roofline(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 Call = Callable[[], object]
 Result = TypeVar("Result")
+Name = TypeVar("Name")
 MIB = 2.0**20
 WARM_UP = 3
 MAX_ITERATIONS = 2000
@@ -43,20 +44,32 @@ def _loop_seconds(call: Call, iterations: int, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def wall_times(
-    calls: Mapping[str, Call], device: torch.device, *, repeats: int = 7, loop_seconds: float = 0.05
-) -> dict[str, WallTime]:
-    """Time each call: `repeats` rounds in which every one runs its loop, of at least `loop_seconds`, in turn.
+@dataclass(frozen=True)
+class Effort:
+    """How long timing takes: rounds, and the least that a loop lasts in each."""
 
-    All are warmed up (compiled, tuned) before the first round, and each is called once, untimed, before its loop.
+    repeats: int = 7
+    loop_seconds: float = 0.05
+
+
+QUICK = Effort(repeats=3, loop_seconds=0.005)
+
+
+def wall_times(calls: Mapping[Name, Call], device: torch.device, effort: Effort | None = None) -> dict[Name, WallTime]:
+    """Time each call: in each of `effort.repeats` rounds every one runs its loop, in turn.
+
+    All are warmed up (compiled, tuned) before the first round, and each is called once, untimed, before its loop. The
+    L2 is neither flushed nor filled: a call finds what the one before it left, a step the last tensors of a backward
+    pass, as in training.
     """
-    iterations: dict[str, int] = {}
+    effort = effort or Effort()
+    iterations: dict[Name, int] = {}
     for name, call in calls.items():
         _loop_seconds(call, WARM_UP, device)
         estimate = _loop_seconds(call, WARM_UP, device) / WARM_UP
-        iterations[name] = min(MAX_ITERATIONS, max(1, math.ceil(loop_seconds / estimate)))
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+        iterations[name] = min(MAX_ITERATIONS, max(1, math.ceil(effort.loop_seconds / estimate)))
+    rounds: dict[Name, list[float]] = {name: [] for name in calls}
+    for _ in range(effort.repeats):
         for name, call in calls.items():
             call()
             rounds[name].append(_loop_seconds(call, iterations[name], device) / iterations[name] * 1e3)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from report import RESULTS, Rows, newest, rows_of
 from results import ROOT, append, folder, provenance, text
+from tables import RESULTS, Rows, newest, rows_of
 
 sys.path.append(str(ROOT / "examples"))
 from bpe import Tokens

@@ -8,7 +8,7 @@ Prints PASSED, or FAILED and what failed, and then exits with 1. What must hold,
   initial weights alone changes (a twin of our run, from weights moved by a unit roundoff), and a few roundings of a
   loss;
 - on the inputs of each MoE layer at the second step (the head starts at zero, so that no gradient reaches the experts
-  in the first), output and every gradient pass the gate of bench_moe.py, ours and the baseline's;
+  in the first), output and every gradient pass the gate of gate.py, ours and the baseline's;
 - the loss curves correlate at least by 0.9999, and the seeds' mean held-out loss differs by no more than seeds do.
 
 The last two alone prove little: a model whose experts get garbage for gradients learns nearly as well.
@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 from baselines import block_sparse_module, stk_module
-from bench_moe import Gate, outcome
 from cases import BenchCase
 from contestants import CONTESTANTS
+from gate import Gate, outcome
 from gradients import relative_error
 from layers import CannotRun
 from results import append, folder, provenance, text

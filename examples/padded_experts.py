@@ -5,6 +5,9 @@ Letters as in `triton_moe.layout`; `I` is the widest expert's width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,30 +41,36 @@ class _Reorder(torch.autograd.Function):
         return rows if ctx.copies == 1 else rows.view(-1, ctx.copies, rows.shape[1]).sum(1), None, None, None
 
 
-def grouped_mm_mlp(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w_up: Tensor, w_down: Tensor, activation: str
+def through_experts(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, places: Tensor, experts: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Sort the slots, gather, multiply, activate, multiply, and put the rows back. Nothing is read back to the host.
+    """Sort the slots of `topk_ids (T, K)`, gather, let the experts work, and put the rows back, weighted.
 
     Args:
-        x: `(T, H)`.
-        topk_weights, topk_ids: `(T, K)`, ids of experts all.
+        places: `0, 1, ... E - 1`, int32.
+        experts: `(rows (T*K, H) in expert order, where each expert's end (E) int32)` -> as many rows.
+    """
+    K = topk_ids.shape[1]
+    sorted_ids, row_to_slot = topk_ids.int().flatten().sort(stable=True)
+    ends = torch.searchsorted(sorted_ids, places, right=True, out_int32=True)
+    slot_to_row = torch.empty_like(row_to_slot)
+    slot_to_row[row_to_slot] = torch.arange(row_to_slot.numel(), device=x.device)
+    rows: Tensor = _Reorder.apply(x, row_to_slot // K, slot_to_row, K)  # type: ignore[assignment]
+    y: Tensor = _Reorder.apply(experts(rows, ends), slot_to_row, row_to_slot, 1)  # type: ignore[assignment]
+    return torch.bmm(topk_weights[:, None], y.view(-1, K, y.shape[1])).squeeze(1)
+
+
+def grouped_mm_mlp(rows: Tensor, ends: Tensor, w_up: Tensor, w_down: Tensor, activation: str) -> Tensor:
+    """Two grouped GEMMs and the activation between them, without reading anything back to the host.
+
+    Args:
+        rows, ends: as `through_experts` has them.
         w_up: `(E, H, I)`, or `(E, H, 2 I)` of a gated activation: gate, then up.
         w_down: `(E, I, H)`.
     """
-    K = topk_ids.shape[1]
-    experts = torch.arange(w_up.shape[0], dtype=torch.int32, device=x.device)
-    sorted_ids, row_to_slot = topk_ids.int().flatten().sort(stable=True)
-    offsets = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
-    slot_to_row = torch.empty_like(row_to_slot)
-    slot_to_row[row_to_slot] = torch.arange(row_to_slot.numel(), device=x.device)
-
-    rows: Tensor = _Reorder.apply(x, row_to_slot // K, slot_to_row, K)  # type: ignore[assignment]
-    h = F.grouped_mm(rows, w_up, offs=offsets)
+    h = F.grouped_mm(rows, w_up, offs=ends)
     gate, up = h.chunk(2, dim=1) if is_gated(activation) else (h, None)
-    y: Tensor = F.grouped_mm(activate(gate, up, activation), w_down, offs=offsets)
-    y = _Reorder.apply(y, slot_to_row, row_to_slot, 1)  # type: ignore[assignment]
-    return torch.bmm(topk_weights[:, None], y.view(-1, K, y.shape[1])).squeeze(1)
+    return F.grouped_mm(activate(gate, up, activation), w_down, offs=ends)
 
 
 class PaddedExperts(Experts):
@@ -102,9 +111,11 @@ class PaddedExperts(Experts):
         self.w2.copy_(stack(experts.w2.t(), self.layout).transpose(1, 2))
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return grouped_mm_mlp(
-            x, topk_weights.to(x.dtype), topk_ids, self.w1.to(x.dtype), self.w2.to(x.dtype), self.activation
+        places = torch.arange(self.layout.num_experts, dtype=torch.int32, device=x.device)
+        experts = partial(
+            grouped_mm_mlp, w_up=self.w1.to(x.dtype), w_down=self.w2.to(x.dtype), activation=self.activation
         )
+        return through_experts(x, topk_weights.to(x.dtype), topk_ids, places, experts)
 
 
 class PaddedMoEMLP(MoEMLP, PaddedExperts):

@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import torch
 from bpe import Tokens
 from gpt import GPT, GPTOutput, MoE, active_parameters, flops_per_token
-from measure import mfu, peak_flops, plot_usage
 from optimizers import optimizers
 from padded_experts import PaddedMoEMLP
 from safetensors import safe_open
@@ -39,6 +38,7 @@ from safetensors.torch import save_file
 from settings import CHOICES, Config
 from tokenizers import Tokenizer
 from torch import Tensor
+from utilization import mfu, peak_flops, plot_usage
 
 from triton_moe import MoEMLP, update_expert_biases
 from triton_moe.cli import parse_sizes

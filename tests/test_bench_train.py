@@ -8,7 +8,7 @@ from pathlib import Path
 
 import bench_train
 import pytest
-import report
+import tables
 import torch
 import train_widths
 from bpe import Tokens
@@ -44,7 +44,7 @@ def test_bench_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert float(ours["tokens_per_second"]) == pytest.approx(rate, rel=2e-3)
     assert without["moe_share"] == ours["busy_ms"] == ours["mfu"] == ""
     assert "tokens/s over those with PyTorch's grouped GEMM:" in capsys.readouterr().out
-    *_, of_ours, _, of_none = report.measured(tmp_path).splitlines()
+    *_, of_ours, _, of_none = tables.tables_of(tmp_path)[0].markdown().splitlines()
     assert of_ours.startswith(f"| triton | off | {ours['step_ms']} | ")
     assert of_ours.endswith(f" |  | {float(ours['moe_share']):.0%} |")
     assert of_none.startswith("| none | off |")
@@ -80,7 +80,7 @@ def test_train_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert 1.9 < float(row["passes"]) <= 2
         assert float(row["held_out_loss"]) < 5.5
     assert len({row["held_out_loss"] for row in rows}) > 1
-    last = report.measured(out).splitlines()[-1]
+    last = tables.tables_of(out)[0].markdown().splitlines()[-1]
     assert last.startswith("| 2x16+2x8, top-2 | 1 | 0.0M / 0.0M | ")
     assert f" | {rows[-1]['held_out_loss']} | " in last
     plot = out / "train_widths.svg"

@@ -2,23 +2,31 @@
 
 import csv
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import accuracy
+import bench_forward
+import bench_fwd_bwd
 import bench_host
 import bench_kernels
+import bench_memory
 import bench_moe
+import bench_scaling
 import cold_start
 import contestants
+import gate
+import layers
+import measure
 import pytest
-import report
 import results
 import roofline
 import soak
+import stages
 import stress
 import torch
-from cases import CASES, GROUPS, bench_case, select
+from cases import CASES, GROUPS, bench_case, select, with_batch_sizes
 
 from triton_moe import moe_mlp, products
 from triton_moe.testing import SEED_CASES
@@ -28,9 +36,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def _on_the_cpu_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On one thread: tiny operations on several wait for each other, on a busy machine for long."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -51,7 +64,10 @@ def test_bench_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_moe.main(["--quick", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path / "bench_moe.csv")
     ran = {(row["case"], row["contestant"]) for row in rows}
-    assert ran == {(case.name, name) for case in GROUPS["quick"] for name in ("triton_moe", "torch_loop", "grouped_mm")}
+    everywhere = ("triton_moe", "torch_loop", "grouped_mm", "dense_ceiling")
+    expected = {(case.name, name) for case in GROUPS["quick"] for name in everywhere}
+    assert ran == expected | {("quick_variable", "grouped_mm_by_width")}
+    assert not (tmp_path / "refused.csv").exists()
     assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
     for row in rows:
         assert min(float(row[column]) for column in ("forward_ms", "step_ms", "forward_tflops", "saved_MiB")) > 0
@@ -63,15 +79,114 @@ def test_bench_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_contestant_that_raises_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(*_args: object) -> contestants.Layer:
+    def broken(*_args: object) -> layers.Layer:
         raise RuntimeError("no such kernel\nand a long story")
 
     monkeypatch.setitem(contestants.CONTESTANTS, "grouped_mm", broken)
     assert bench_moe.main(["--quick", "--cases", "quick_uniform", "--out", str(tmp_path)]) == 0
     assert "quick_uniform: no time for grouped_mm. RuntimeError: no such kernel\n" in capsys.readouterr().out
+    (row,) = rows_of(tmp_path / "refused.csv")
+    assert (row["benchmark"], row["case"], row["contestant"]) == ("bench_moe", "quick_uniform", "grouped_mm")
+    assert (row["kind"], row["reason"]) == ("crashed", "RuntimeError: no such kernel")
+    assert list(row)[-len(PROVENANCE) :] == PROVENANCE
 
 
-def times_two(layer: contestants.Layer, name: str) -> contestants.Layer:
+def test_nothing_measured_is_a_failure(tmp_path: Path) -> None:
+    assert bench_moe.main(["--quick", "--contestants", "stk", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "measured"),
+    [
+        (bench_forward, {"forward_ms", "forward_spread_ms", "forward_tflops"}),
+        (bench_fwd_bwd, {"step_ms", "step_spread_ms", "step_tflops"}),
+        (bench_memory, {"saved_MiB", "held_MiB", "peak_MiB"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_one_measurement(command: ModuleType, measured: set[str], tmp_path: Path) -> None:
+    arguments = [
+        "--quick",
+        "--cases",
+        "quick_variable",
+        "--batch-sizes",
+        "1",
+        "--contestants",
+        "triton_moe",
+        "grouped_mm",
+    ]
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / f"{command.__name__}.csv")
+    assert [(row["case"], row["T"], row["contestant"]) for row in rows] == [
+        ("quick_variable_batch1", "512", "triton_moe"),
+        ("quick_variable_batch1", "512", "grouped_mm"),
+    ]
+    assert set(measure.COLUMNS) & rows[0].keys() == measured
+    assert all(float(row[column]) > 0 for row in rows for column in measured if row[column])
+    assert any(rows[0][column] for column in measured)
+
+
+def test_batch_sizes() -> None:
+    cases = with_batch_sizes(GROUPS["seed"][:1], [4, 8])
+    assert [(case.name, case.num_tokens) for case in cases] == [("8exp_uniform_batch4", 2048), ("8exp_uniform", 4096)]
+    with pytest.raises(ValueError, match="batch_sizes: expected 1 or more each, got 0"):
+        with_batch_sizes(GROUPS["seed"], [8, 0])
+
+
+def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--profile", "--cases", "quick_variable", "--out", str(tmp_path)]
+    assert bench_moe.main(arguments) == 0
+    rows = rows_of(tmp_path / "bench_profile.csv")
+    by_contestant = {
+        name: [row for row in rows if row["contestant"] == name] for name in ("block_sparse", "triton_moe")
+    }
+    assert [row["stage"] for row in by_contestant["block_sparse"]] == [*stages.STAGES, "rest", "forward"]
+    ours = ["router", "sort", "up", "down", "scatter", "rest", "forward"]
+    assert [row["stage"] for row in by_contestant["triton_moe"]] == ours
+    for of_contestant in by_contestant.values():
+        percents = [float(row["percent"]) for row in of_contestant]
+        assert percents[-1] == 100
+        assert sum(percents[:-1]) == pytest.approx(100, abs=0.5)
+        assert all(float(row["ms"]) > 0 for row in of_contestant if row["stage"] != "rest")
+    assert "quick_variable: the topology takes" in capsys.readouterr().out
+
+
+def test_the_stages_make_up_the_forward_pass() -> None:
+    """The last stage of each contestant's gives its output."""
+    (case,) = select(["quick_variable"])
+    state = gate.initial_state(case, torch.float32, CPU)
+    x, _ = gate.tokens(case, torch.float32, CPU)
+    for name in ("block_sparse", "triton_moe"):
+        layer = contestants.CONTESTANTS[name](case.config, state)
+        assert layer.module is not None
+        torch.testing.assert_close(stages.stages_of(layer.module, x)["scatter"](), layer.forward(x))
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_scaling.main(["--quick", "--contestants", "triton_moe", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "bench_scaling.csv")
+    points = [
+        (sweep, str(point.value)) for sweep in bench_scaling.SWEEPS for point in bench_scaling.points(sweep, True)
+    ]
+    assert [(row["sweep"], row["value"]) for row in rows] == points
+    assert all(min(float(row[column]) for column in ("forward_ms", "step_ms", "forward_gflop")) > 0 for row in rows)
+    assert "triton_moe: T 8 to 64: a step takes" in capsys.readouterr().out
+
+
+def test_the_sweeps_change_one_thing() -> None:
+    tokens, experts, ratios = (bench_scaling.points(sweep, quick=False) for sweep in bench_scaling.SWEEPS)
+    assert [point.value for point in tokens] == [4**n for n in range(10)]
+    assert tokens[-1].case.num_tokens == 262144
+    assert [point.case.config.layout.num_experts for point in experts] == [8, 16, 32, 64, 128, 256, 512]
+    assert len({point.case.forward_flops() for point in experts}) == 1
+    for point in ratios:
+        wide, narrow = (width for _, width in point.case.config.expert_sizes)
+        assert (wide // narrow, wide % narrow, narrow % 64) == (point.value, 0, 0)
+        assert abs(wide + narrow - 65 * 64) <= 0.05 * 65 * 64
+    assert ratios[-1].value == 64
+
+
+def times_two(layer: layers.Layer, name: str) -> layers.Layer:
     """The same layer, with one of its gradients twice what it should be."""
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -93,7 +208,7 @@ def times_two(layer: contestants.Layer, name: str) -> contestants.Layer:
     ids=["zeros", "nan", "router gradient", "w3 gradient"],
 )
 def test_the_gate_refuses_a_wrong_contestant(
-    spoil: Callable[[contestants.Layer], contestants.Layer],
+    spoil: Callable[[layers.Layer], layers.Layer],
     contestant: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -105,15 +220,7 @@ def test_the_gate_refuses_a_wrong_contestant(
     assert bench_moe.main([*arguments, "torch_loop"]) == (contestant == "triton_moe")
     assert f"quick_variable: no time for {contestant}. " in capsys.readouterr().out
     assert [row["contestant"] for row in rows_of(tmp_path / "bench_moe.csv")] == ["torch_loop"]
-
-
-def test_stacked_weights_are_the_packed_ones() -> None:
-    layout = bench_case("", 1, 6, [(2, 8), (1, 3)], 1, "swiglu").config.layout
-    packed = torch.randn(6, layout.total_width)
-    stacked = contestants.stack(packed, layout)
-    assert stacked.shape == (3, 6, 8)
-    assert not stacked[2, :, 3:].any()
-    assert torch.equal(contestants._unstack(stacked, layout), packed)
+    assert [(row["contestant"], row["kind"]) for row in rows_of(tmp_path / "refused.csv")] == [(contestant, "wrong")]
 
 
 def test_flops() -> None:
@@ -191,7 +298,9 @@ def test_cold_start(tmp_path: Path) -> None:
     assert cold_start.main(["--quick", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path / "cold_start.csv")
     assert float(row["empty_cache_s"]) > 0
-    assert float(row["warm_cache_s"]) > 0
+    parts = [float(row[f"warm_{part}_s"]) for part in cold_start.PARTS]
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(float(row["warm_cache_s"]), rel=1e-2)
     assert list(row)[-len(PROVENANCE) :] == PROVENANCE
 
 
@@ -252,31 +361,3 @@ def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"a.csv: expected columns \['case', 'ms'\], got"):
             results.append(path, [{"case": "z", "ms": 2.0}, other])
     assert path.read_text() == "case,ms\nx,1.235\ny,\n"
-
-
-class TestReport:
-    @pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
-    def test_documents_say_what_the_rows_say(self, path: Path) -> None:
-        document = path.read_text()
-        assert report.with_measured(document, report.DOCUMENTS[path]()) == document
-
-    def test_newest_rows_alone(self, tmp_path: Path) -> None:
-        path = tmp_path / "stress.csv"
-        row = dict.fromkeys(("backend", "draws", "mismatches", "bitwise_differences", "gpu", "torch", "triton"), "0")
-        results.append(path, [{**row, "draws": draws, "date": "d", "commit": draws} for draws in ("old", "new")])
-        assert "run twice: backend 0 new draws, 0 outside" in report.measured(tmp_path)
-
-    def test_ratios_come_from_one_run(self) -> None:
-        """The last one that had both."""
-        row = dict.fromkeys(("T", "H", "sizes", "K", "activation", "cublas_8192_tflops", "torch_add_us", "gpu"), "x")
-        row |= {"torch": "x", "triton": "x", "date": "d", "case": "c"}
-        runs = (("1", "triton_moe"), ("1", "grouped_mm"), ("2", "triton_moe"), ("2", "grouped_mm"), ("3", "triton_moe"))
-        rows = [
-            {**row, "commit": commit, "contestant": name, "forward_ms": f"{name}{commit}", "step_ms": "s"}
-            for commit, name in runs
-        ]
-        assert report.speed(rows)[-1].endswith("| triton_moe2 / s | grouped_mm2 / s |")
-
-    def test_a_readme_without_the_part_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"^document: expected one part between .*, got 0"):
-            report.with_measured("# Nothing measured", "")

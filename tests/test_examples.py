@@ -13,13 +13,13 @@ import pytest
 import torch
 from bpe import Tokens, train_tokenizer
 from gpt import GPT, GPTConfig, active_parameters, flops_per_token, rotate
-from measure import mfu, peak_flops, plot_usage
 from optimizers import Muon, optimizers
 from padded_experts import PaddedExperts, PaddedMoEMLP
 from safetensors.torch import load_file
 from settings import Config
 from torch import Tensor, nn
 from train_gpt import CHECKPOINT, PLOT, RESULT, Report, Training, learning_rate, main, tokens_per_second
+from utilization import mfu, peak_flops, plot_usage
 
 from triton_moe import BiasBalancing, ExpertLayout, MoEConfig, MoEMLP
 from triton_moe.experts import DenseMLP, Experts

@@ -7,7 +7,7 @@ from torch import Tensor
 from operators import check_operator, inputs_for, routings, unit
 from triton_moe import functional, reference
 from triton_moe.activations import ACTIVATIONS, is_gated
-from triton_moe.kernels import grouped_gemm_down_autograd, grouped_gemm_up_autograd, scatter_autograd
+from triton_moe.kernels import config, grouped_gemm_down_autograd, grouped_gemm_up_autograd, scatter_autograd
 from triton_moe.layout import Routing
 from triton_moe.testing import CASES, Case, Inputs, check_against_oracle
 
@@ -57,6 +57,27 @@ def test_every_activation(activation: str, device: str, dtype: torch.dtype) -> N
     inputs = inputs_for(case, dtype, device)
     assert (inputs.w3 is not None) == is_gated(activation)
     check_up(inputs, up_operands(inputs))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6)], ids=["fp64", "kahan"])
+def test_sums_of_fp32(capability: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without tensor cores for fp64: a sum of many terms that cancel keeps its digits."""
+    monkeypatch.setattr(config, "capability", lambda device: capability)
+    assert config.input_precision(torch.float32, torch.device(device)) == ("fp64" if capability == (8, 0) else "ieee")
+    inputs = inputs_for(Case(40, 128, (33, 64), 2, "swiglu", reason="fp32 sums"), torch.float32, device)
+    check_up(inputs, up_operands(inputs))
+    check_down(inputs, inputs.w2)
+    x = torch.cat([inputs.x, -inputs.x], dim=1)
+    x[:, 0] += 2.0**-20
+    w1 = torch.cat([inputs.w1, inputs.w1]).abs() + 0.5
+    routing, _ = routings(inputs)
+    sums = functional.grouped_gemm_up(x, w1, routing=routing, activation="none")
+    for e in range(2):
+        rows, columns = slice(*routing.row_offsets[e : e + 2].tolist()), routing.layout.columns(e)
+        slots = routing.row_to_slot[rows].long()
+        exact = (x[slots // routing.top_k].double() @ w1[:, columns].double()).float()
+        error = (routing.ragged_block(sums, e) - exact).abs().max()
+        assert error <= (0 if capability == (8, 0) else 2e-5)
 
 
 def test_transposed_weights(device: str, dtype: torch.dtype) -> None:

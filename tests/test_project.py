@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +97,16 @@ def test_imports_point_downward(place: str) -> None:
 )
 def test_an_import_upward_would_tell(file: str, source: str) -> None:
     assert breaches(file, source)
+
+
+def test_import_is_light() -> None:
+    """Without torch.compile, the commands' libraries and Triton, which take seconds; kernels load that when used."""
+    program = "import sys, torch; before = set(sys.modules); import triton_moe; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "triton_moe.functional" in loaded
+    heavy = ("torch._dynamo", "torch._inductor", "triton", "sympy", "matplotlib", "typer", "rich", "safetensors")
+    assert [name for name in loaded if name in heavy] == []
 
 
 def test_files_stay_small() -> None:

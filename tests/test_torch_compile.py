@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triton_moe import BiasBalancing, GroupLimit, MoEConfig, MoEMLP
+from triton_moe import BiasBalancing, ExpertLayout, GroupLimit, MoEConfig, MoEMLP
+from triton_moe.functional import gather_autograd, route
 from triton_moe.testing import assert_within_budget
 from triton_moe.train.config import TrainConfig
 from triton_moe.train.gpt import GPT
@@ -127,3 +128,16 @@ def test_exact_memory(recompute: bool, device: str) -> None:
     assert_same(step(layer, compiled, x), step(layer, layer, x))
     with torch.no_grad():
         assert torch.equal(compiled(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_building_blocks(dynamic: bool, device: str) -> None:
+    """A routing is made of views in the graph itself."""
+    layout = ExpertLayout((8, 8, 4))
+
+    def gathered(x: Tensor, ids: Tensor) -> Tensor:
+        return gather_autograd(x, routing=route(ids, layout, backend="triton"))
+
+    x, ids = torch.randn(5, H, device=device), torch.tensor([[0, 2], [1, 0], [2, 2], [0, 1], [1, 3]], device=device)
+    compiled = torch.compile(gathered, backend="eager", fullgraph=True, dynamic=dynamic)
+    assert torch.equal(compiled(x, ids), gathered(x, ids))

@@ -6,6 +6,8 @@ import dataclasses
 import datetime
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ from triton_moe.train.report import plot_usage, printable, usage_table
 from triton_moe.train.trainer import Trainer, stop_on_signal
 
 RUNS = Path("runs")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PROMPT = b"def "
 _REPORT_EVERY = 10
 """Steps between two readings of the loss, each of which waits for the device."""
@@ -255,3 +258,52 @@ def tune(
             best = min(found, key=found.__getitem__)
             tune.write_row(out, name, best, found[best], shape, device)
     console.print(f"Rows are in {out}; TRITON_MOE_TUNING={out} puts them to use.")
+
+
+def _benchmarks() -> dict[str, Path]:
+    """The scripts that are commands, by name. Raises ValueError if the package is installed without them."""
+    if not (BENCHMARKS / "bench_moe.py").exists():
+        raise ValueError(
+            "the benchmarks are in the repository, not in the installed package: clone it, and run "
+            "`uv run triton-moe bench` there"
+        )
+    scripts = {path.stem.removeprefix("bench_"): path for path in sorted(BENCHMARKS.glob("*.py"))}
+    return {name: path for name, path in scripts.items() if '__name__ == "__main__"' in path.read_text()}
+
+
+def _run_benchmark(name: str, arguments: list[str]) -> None:
+    try:
+        commands = _benchmarks()
+        if name not in commands:
+            raise ValueError(f"name: expected one of {', '.join(commands)}, got {name!r}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    done = subprocess.run([sys.executable, str(commands[name]), *arguments], check=False)
+    raise typer.Exit(done.returncode)
+
+
+_PASSED_ON = {"ignore_unknown_options": True}
+
+
+@app.command(context_settings=_PASSED_ON)
+def bench(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME] [OPTIONS]", help="moe (the default), forward, scaling, ..., and its options."),
+    ] = None,
+) -> None:
+    """Run one of the repository's benchmarks: `triton-moe bench scaling --quick`, `triton-moe bench moe -- --help`."""
+    name, *options = arguments or ["moe"]
+    if name.startswith("-"):
+        name, options = "moe", [name, *options]
+    _run_benchmark(name, options)
+
+
+@app.command(context_settings=_PASSED_ON)
+def report(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPTIONS]", help="See `triton-moe report -- --help`.")
+    ] = None,
+) -> None:
+    """Write the README's tables and report.html, a page of tables and plots, from the rows of the benchmarks."""
+    _run_benchmark("report", arguments or [])

@@ -10,7 +10,8 @@ import functools
 import importlib.util
 import math
 import os
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)
 _MAX_SLOTS = 2**31 - 2**24
 """Numbered in int32, with room for the end of the last program's span."""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _fail(argument: str, expected: str, got: object) -> NoReturn:
@@ -101,7 +105,13 @@ def _check_tokens(x: Tensor, routing: Routing) -> None:
         _fail("x", f"shape ({routing.num_tokens}, H)", tuple(x.shape))
 
 
-@torch.compiler.assume_constant_result
+def _assume_constant_result(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, which itself takes seconds to import all of torch.compile."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_assume_constant_result
 def _has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on a device: a CUDA one, or the CPU under Triton's interpreter."""
     return _look_for_kernels(device)
@@ -130,7 +140,7 @@ def runs_kernels(device: torch.device, dtype: torch.dtype | None, backend: str) 
     return backend == "auto" and device.type == "cuda" and supported and _has_kernels(device)
 
 
-@torch.compiler.assume_constant_result
+@_assume_constant_result
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
@@ -253,7 +263,7 @@ def moe_mlp(
     _check_ids(topk_ids, layout)
     _check_device(topk_ids, "topk_ids", x.device)
     _check_topk_weights(topk_weights, topk_ids, x)
-    num_tokens = math.prod(x.shape[:-1])
+    num_tokens = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
     if topk_ids.shape[0] != num_tokens:
         _fail("topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
     if runs_kernels(x.device, x.dtype, backend):

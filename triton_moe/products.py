@@ -11,9 +11,9 @@ from torch import Tensor
 from triton_moe.activations import is_gated
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
-from triton_moe.kernels.route import route
+from triton_moe.kernels.route import route, trimmed
 from triton_moe.kernels.scatter import scatter_fwd
-from triton_moe.layout import ExpertLayout
+from triton_moe.layout import ExpertLayout, Routing
 
 TOLERANCE = 0.02
 """Of the relative difference, in 16 bits, between two ways to the same product."""
@@ -43,7 +43,10 @@ class Shape:
     activation: str
 
 
-def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
+def products(
+    shape: Shape, backend: str, dtype: torch.dtype, device: torch.device,
+    make_routing: Callable[[Tensor, ExpertLayout, str], Routing] = route,
+) -> dict[str, Product]:  # fmt: skip
     """up, down, dh, dw1 (and dw3), dw2, dx: the products of a training step; its sums over a token's rows; the routing.
 
     Rows are routed at random with equal shares; weights lie as `MoEMLP` has them; numbers are at unit scale.
@@ -59,7 +62,7 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
     w3 = normal(H, S) / H**0.5 if gated else None
     ids = torch.rand(T, layout.num_experts, generator=generator, device=device).topk(K).indices.int()
     weights = torch.rand(T, K, generator=generator, device=device)
-    routing, parts = route(ids, layout, backend), 2 if gated else 1
+    routing, parts = make_routing(ids, layout, backend), 2 if gated else 1
     rows = int(routing.read_ragged_numel())
     pre, act = normal(parts * rows), normal(rows)
     y, dx_rows = (x.new_zeros(T * K, H) for _ in range(2))
@@ -73,14 +76,17 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
     both = [dw1] if dw3 is None else [dw1, dw3]
     up_t = None if w3 is None else w3.t()
     sums: dict[str, Tensor] = {}
-    routed: list[Tensor] = []
+    routed: list[Tensor] = [routing.packed]  # type: ignore[list-item]
 
     def scatter(name: str, of: Tensor | None) -> Callable[[], None]:
         return lambda: sums.update({name: scatter_fwd(y, of, routing)})
 
     def route_again() -> None:
-        again = route(ids, layout, backend)
-        routed[:] = [again.counts, again.row_offsets]
+        routed[:] = [route(ids, layout, backend).packed]  # type: ignore[list-item]
+
+    def of_route() -> list[Tensor]:
+        again = trimmed(routed[0], ids, layout)
+        return [again.counts, again.row_offsets]
 
     # elements: of tokens, rows, weights, the activation (its pre-activation has `parts` times as many)
     t, r, w, a = T * H, T * K * H, S * H, rows
@@ -105,7 +111,7 @@ def products(shape: Shape, backend: str, dtype: torch.dtype, device: torch.devic
         ),
         "scatter": product(scatter("out", weights), lambda: [sums["out"]], 0, r + t),
         "scatter_dx": product(scatter("dx", None), lambda: [sums["dx"]], 0, r + t),
-        "route": Product(route_again, lambda: routed, 0, 4 * 3 * T * K),
+        "route": Product(route_again, of_route, 0, 4 * 3 * T * K),
     }  # fmt: skip
 
 

@@ -41,10 +41,18 @@ def tile_config(kernel: str, dtype: torch.dtype, device: torch.device) -> TileCo
     return tuned(kernel, capability(device), TileConfig)
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: exactly, unless the user allows tf32 (`torch.set_float32_matmul_precision`)."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+_FP64_TENSOR_CORES = (8, 0), (9, 0)
+"""Compute capabilities that multiply fp64 on tensor cores at the rate of fp32 without them; others 2 to 64 times slower."""
+
+
+def input_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How a GEMM multiplies: "tf32" if the user allows it (`torch.set_float32_matmul_precision`) for fp32, which is
+    multiplied exactly otherwise, and also summed so ("fp64") where the device has the means."""
+    if dtype != torch.float32:
+        return "ieee"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "fp64" if capability(device) in _FP64_TENSOR_CORES else "ieee"
 
 
 class LayoutTables(NamedTuple):
@@ -87,6 +95,7 @@ def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+@functools.lru_cache(maxsize=1024)
 def divides_widths(block: int, layout: ExpertLayout) -> bool:
     """Whether no tile of `block` columns sticks out of an expert."""
     return math.gcd(block, *layout.widths) == block

@@ -29,7 +29,7 @@ from triton_moe.kernels.config import (
 )
 from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.launch import Launcher
-from triton_moe.kernels.tiles import block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.kernels.tiles import accumulator, block_rows, expert_columns, ragged_start, tile_dot
 from triton_moe.kernels.transpose import loadable
 from triton_moe.kernels.tuning import cached_launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
@@ -59,12 +59,13 @@ def grouped_gemm_up_fwd_kernel(
     cols = first_col + tl.arange(0, BLOCK_N)
     col_mask = cols < width
     w_cols = (offset + cols) * stride_ws
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gate = accumulator(BLOCK_M, BLOCK_N, INPUT_PRECISION)
     gate, up = tile_dot(
         gate, gate, x + rows.to(tl.int64) * stride_xt, w1 + w_cols, w3 + w_cols, col_mask, H, H, stride_wh,
         GATED, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
     )  # fmt: skip
 
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
     mask = exists[:, None] & (cols < pitch)[None, :]
     element = x.dtype.element_ty
     if pre is not None:
@@ -102,7 +103,7 @@ def grouped_gemm_down_fwd_kernel(
     a_rows = ragged_start(a, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT) + local * (PARTS * pitch)
     w_cols = offset * stride_ws + cols.to(tl.int64) * stride_wh
     a_size = pitch if FINITE else width
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = accumulator(BLOCK_M, BLOCK_N, INPUT_PRECISION)
     acc, _ = tile_dot(
         acc, acc, a_rows, w + w_cols, w + w_cols, col_mask, width, a_size, stride_ws,
         False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
@@ -147,7 +148,7 @@ def grouped_gemm_up_fwd(
     launch, tables, num_tiles_n = _up_launcher(
         routing.layout, hidden_size, x.dtype, x.device, w3 is not None, TOP_K=routing.top_k, GATHER=gathered,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation),
-        INPUT_PRECISION=input_precision(x.dtype),
+        INPUT_PRECISION=input_precision(x.dtype, x.device),
     )  # fmt: skip
     launch(
         (routing.num_row_blocks * num_tiles_n,), x, w1, w1 if w3 is None else w3, pre, out, hidden_size,
@@ -186,7 +187,7 @@ def grouped_gemm_down_fwd(
         return
     launch, tables, num_tiles_n = _down_launcher(
         routing.layout, hidden_size, a.dtype, a.device, PARTS=1 if w_up is None else 2, FINITE=finite,
-        INPUT_PRECISION=input_precision(a.dtype),
+        INPUT_PRECISION=input_precision(a.dtype, a.device),
     )  # fmt: skip
     launch(
         (routing.num_row_blocks * num_tiles_n,), a, w, w if w_up is None else w_up, y, hidden_size, *w.stride(),

@@ -30,7 +30,7 @@ from triton_moe.kernels.config import (
 )
 from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.launch import Launcher
-from triton_moe.kernels.tiles import accumulate, block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.kernels.tiles import accumulate, accumulator, block_rows, expert_columns, ragged_start, tile_dot
 from triton_moe.kernels.tuning import cached_launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
@@ -57,12 +57,13 @@ def grouped_gemm_dh_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < width
     w_cols = w2 + (offset + cols) * stride_ws
-    dact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dact = accumulator(BLOCK_M, BLOCK_N, INPUT_PRECISION)
     dact, _ = tile_dot(
         dact, dact, dout + (slots // TOP_K).to(tl.int64) * stride_dt, w_cols, w_cols, col_mask, H, H, stride_wh,
         False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
     )  # fmt: skip
 
+    dact = dact.to(tl.float32)
     mask = exists[:, None] & (cols < pitch)[None, :]
     inner = local[:, None] * (PARTS * pitch) + cols[None, :]
     pre_start = ragged_start(pre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
@@ -123,8 +124,8 @@ def grouped_gemm_dw_kernel(
     hidden_mask = hidden < H
     col_mask = cols < width
     d_cols = ragged_start(d, expert, 0, pitch, ragged_offsets, PARTS, ALIGNMENT) + part * pitch + cols
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    lost = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = accumulator(BLOCK_M, BLOCK_N, INPUT_PRECISION)
+    lost = tl.zeros_like(acc)
     for k in range(0, count, BLOCK_K):
         place = k + tl.arange(0, BLOCK_K)
         exists = place < count
@@ -182,7 +183,7 @@ def grouped_gemm_dh(
     else:
         launch, tables, block_n = _dh_launcher(
             routing.layout, hidden_size, pre.dtype, pre.device, is_gated(activation), TOP_K=routing.top_k,
-            ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype),
+            ACTIVATION=GATE_ACTIVATION.get(activation, activation), INPUT_PRECISION=input_precision(pre.dtype, pre.device),
         )  # fmt: skip
     num_tiles_n = cdiv(routing.layout.max_width, block_n)
     act_weighted = pre.new_empty(pre.numel() // 2 if is_gated(activation) else pre.numel())
@@ -231,7 +232,7 @@ def grouped_gemm_dw(
         return
     launch, tables, num_tiles_m, num_tiles_n = _dw_launcher(
         routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, PARTS=parts,
-        INPUT_PRECISION=input_precision(x.dtype),
+        INPUT_PRECISION=input_precision(x.dtype, x.device),
     )  # fmt: skip
     launch(
         (routing.layout.num_experts * num_tiles_m * parts * num_tiles_n,), x, d, dw, dw if dw_up is None else dw_up,

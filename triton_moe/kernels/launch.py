@@ -12,6 +12,25 @@ from triton.runtime import driver
 
 _MAX_COMPILED = 1024
 """Entries a launcher remembers: integer arguments that follow the number of tokens must not pile up for ever."""
+_HOOKS = triton.knobs.runtime
+_ONES = ((1, 1, 1), (1, 1), (1,), ())
+"""What a grid of so many dimensions lacks of three."""
+
+
+class Piece:
+    """Some elements of a tensor that outlives it, as an argument of a kernel. A view takes ten times the host time."""
+
+    __slots__ = "address", "dtype", "first", "size", "whole"
+
+    def __init__(self, whole: Tensor, first: int, size: int, dtype: torch.dtype, address: int) -> None:
+        """`first` and `size` count elements of `whole`, which are taken for `dtype` and lie at `address`."""
+        self.whole, self.first, self.size, self.dtype, self.address = whole, first, size, dtype, address
+
+    def view(self) -> Tensor:
+        return self.whole[self.first : self.first + self.size].view(self.dtype)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.view()[place]
 
 
 class Launcher:
@@ -29,48 +48,53 @@ class Launcher:
         self.options = options
         names = getattr(kernel, "do_not_specialize", ())
         self._unspecialized = [i for i, name in enumerate(kernel.arg_names) if name in names]
+        self._pointers: list[int] | None = None
+        """Places of the arguments that are no integers, known from the first launch."""
         self._compiled: dict[tuple, tuple] = {}
 
-    def __call__(self, grid: tuple[int, ...], *args: Tensor | TensorDescriptor | int | None) -> None:
+    def __call__(self, grid: tuple[int, ...], *args: Tensor | Piece | TensorDescriptor | int | None) -> None:
         if 0 in grid:
             return
         device = args[0].get_device()  # type: ignore[union-attr]
         if device < 0:  # interpreted
-            self.kernel[grid](*args, **self.options)
-        elif device == torch.cuda.current_device():
+            self._launch_slowly(grid, args)
+        elif device == torch._C._cuda_getDevice():  # there is a tensor, so CUDA needs no initialising
             self._launch(grid, device, args)
         else:
             with torch.cuda.device(device):
                 self._launch(grid, device, args)
 
     def _launch(self, grid: tuple[int, ...], device: int, args: tuple) -> None:
-        values, key, addresses = [], [device], 0
-        for arg in args:
-            if arg is None or arg.__class__ is int:
-                values.append(arg)
-                key.append(arg)
-            elif arg.__class__ is TensorDescriptor:  # aligned, and written anew at every launch
-                values.append(arg)
-                key.append(arg.base.dtype)
-            else:
-                address = arg.data_ptr()
-                addresses |= address
-                values.append(address)
-                key.append(arg.dtype)
+        if self._pointers is None:
+            self._pointers = [i for i, arg in enumerate(args) if arg.__class__ is not int]
+        values, key, addresses = list(args), [*args, device], 0
+        for i in self._pointers:
+            arg = args[i]
+            if arg is None:
+                continue
+            if arg.__class__ is TensorDescriptor:  # aligned, and written anew at every launch
+                key[i] = arg.base.dtype
+                continue
+            values[i] = address = arg.address if arg.__class__ is Piece else arg.data_ptr()
+            addresses |= address
+            key[i] = arg.dtype
         for i in self._unspecialized:  # an int32 compiles to the same whatever it is
             if values[i] < 2**31:
-                key[i + 1] = int
+                key[i] = int
         aligned = addresses % 16 == 0
         known = self._compiled.get(tuple(key)) if aligned else None
-        hooks = triton.knobs.runtime
-        if known is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            compiled = self.kernel[grid](*args, **self.options)
+        if known is None or _HOOKS.launch_enter_hook.calls or _HOOKS.launch_exit_hook.calls:
+            compiled = self._launch_slowly(grid, args)
             if aligned:
                 self._remember(tuple(key), compiled, len(args))
             return
         run, function, metadata, constexprs = known
         stream = driver.active.get_current_stream(device)
-        run(*grid, *(1,) * (3 - len(grid)), stream, function, metadata, None, None, None, *values, *constexprs)
+        run(*grid, *_ONES[len(grid)], stream, function, metadata, None, None, None, *values, *constexprs)
+
+    def _launch_slowly(self, grid: tuple[int, ...], args: tuple) -> Any:
+        """Triton's way. -> the compiled kernel."""
+        return self.kernel[grid](*(arg.view() if arg.__class__ is Piece else arg for arg in args), **self.options)
 
     def _remember(self, key: tuple, compiled: Any, num_args: int) -> None:
         if len(self._compiled) >= _MAX_COMPILED:

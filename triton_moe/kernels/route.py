@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_moe.kernels.config import BLOCK_M, LayoutTables, cdiv, layout_tables
-from triton_moe.kernels.launch import Launcher
+from triton_moe.kernels.launch import Launcher, Piece
 from triton_moe.kernels.tiles import ROW_ALIGNMENT
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing, TileLists, num_row_blocks
 
@@ -24,6 +25,8 @@ _COLUMNS = 128, 256
 """Columns of the blocks that `TileLists` knows."""
 _SLOTS = 128
 """Slots of a span: each is compared with all others."""
+_RAGGED_OFFSETS = 3
+"""Place among the pieces of a packed routing of the one that is int64."""
 _SPANS = 1024
 """Spans that a program of the second kernel sums at once."""
 
@@ -178,7 +181,7 @@ def _launchers(layout: ExpertLayout, device: torch.device) -> _Launchers:
 
 
 def _sizes(num_slots: int, layout: ExpertLayout) -> list[int]:
-    """Elements of the pieces of a packed routing, each a multiple of 16 bytes, in the order of `unpack`.
+    """Elements of the pieces of a packed routing, each a multiple of 16 bytes, in the order of `_routing`.
 
     num_slots may be symbolic: then so are the sizes.
     """
@@ -190,33 +193,50 @@ def _sizes(num_slots: int, layout: ExpertLayout) -> list[int]:
     return [(size + 3) // 4 * 4 for size in (*of_experts, *of_slots, 4, *ragged, *weights)]
 
 
+_known_sizes = functools.lru_cache(maxsize=1024)(_sizes)
+"""For eager calls: torch.compile looks through no cache."""
+
+
 def packed_numel(num_slots: int, layout: ExpertLayout) -> int:
     """int32 elements of a packed routing."""
     return sum(_sizes(num_slots, layout))
 
 
-def unpack(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Routing:
-    """The routing of `topk_ids` as views of `packed`, for kernels: one-dimensional, a few elements too long."""
-    counts, row_offsets, expert_order, ragged_offsets, row_blocks, row_to_slot, slot_to_row, numbers, *lists = (
-        packed.split(_sizes(topk_ids.numel(), layout))
-    )
-    ragged, weights = (dict(zip(_COLUMNS, pair, strict=True)) for pair in (lists[:2], lists[2:]))
+def _routing(pieces: Sequence, packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, backend: str) -> Routing:
+    counts, row_offsets, expert_order, ragged_offsets, row_blocks, row_to_slot, slot_to_row, numbers, *lists = pieces
+    ragged_128, ragged_256, weights_128, weights_256 = lists
+    tiles = TileLists(numbers, {128: ragged_128, 256: ragged_256}, {128: weights_128, 256: weights_256})
     return Routing(
-        layout, topk_ids, counts, row_offsets, ragged_offsets.view(torch.int64), row_to_slot, slot_to_row, row_blocks,
-        expert_order, BLOCK_M, backend, TileLists(numbers, ragged, weights), packed,
+        layout, topk_ids, counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
+        BLOCK_M, backend, tiles, packed,
     )  # fmt: skip
 
 
-def trimmed(routing: Routing) -> Routing:
-    """An unpacked routing with its tensors in the shapes that `Routing` promises."""
-    num_experts, num_slots, num_blocks = routing.layout.num_experts, routing.num_rows, routing.num_row_blocks
+_DTYPES = tuple(torch.int64 if place == _RAGGED_OFFSETS else torch.int32 for place in range(12))
+
+
+def unpack(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Routing:
+    """The routing of `topk_ids`, for kernels: its tensors are `Piece`s of `packed`, a few elements too long."""
+    address, first, pieces = packed.data_ptr(), 0, []
+    for size, dtype in zip(_known_sizes(topk_ids.numel(), layout), _DTYPES, strict=True):
+        pieces.append(Piece(packed, first, size, dtype, address + 4 * first))
+        first += size
+    return _routing(pieces, packed, topk_ids, layout, backend)
+
+
+def trimmed(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout) -> Routing:
+    """The routing of `topk_ids` with views of `packed` in the shapes that `Routing` promises."""
+    pieces = list(packed.split(_sizes(topk_ids.numel(), layout)))
+    pieces[_RAGGED_OFFSETS] = pieces[_RAGGED_OFFSETS].view(torch.int64)
+    routing = _routing(pieces, packed, topk_ids, layout, "auto")
+    num_experts, num_slots, num_blocks = layout.num_experts, routing.num_rows, routing.num_row_blocks
     return dataclasses.replace(
         routing,
         counts=routing.counts[:num_experts],
         row_offsets=routing.row_offsets[: num_experts + 1],
         ragged_offsets=routing.ragged_offsets[: num_experts + 1],
         row_to_slot=routing.row_to_slot[:num_slots],
-        slot_to_row=routing.slot_to_row[:num_slots].view(routing.topk_ids.shape),
+        slot_to_row=routing.slot_to_row[:num_slots].view(topk_ids.shape),
         row_blocks=routing.row_blocks[: 2 * num_blocks].view(num_blocks, 2),
         expert_order=routing.expert_order[:num_experts],
     )
@@ -230,8 +250,8 @@ def route(topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Rout
     ids, num_experts, num_slots = topk_ids.contiguous(), layout.num_experts, topk_ids.numel()
     count, sum_spans, place, tables, experts = _launchers(layout, ids.device)
     num_spans = cdiv(num_slots, _SLOTS)
-    packed = torch.empty(packed_numel(num_slots, layout), dtype=torch.int32, device=ids.device)
-    span_counts = torch.empty(num_spans * experts, dtype=torch.int32, device=ids.device)
+    packed = torch.empty(sum(_known_sizes(num_slots, layout)), dtype=torch.int32, device=ids.device)
+    span_counts = packed.new_empty(num_spans * experts)
     routing = unpack(packed, topk_ids, layout, backend)
     assert routing.tiles is not None
     numbers, ragged, weights = routing.tiles

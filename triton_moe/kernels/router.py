@@ -22,7 +22,9 @@ from triton_moe.layout import ExpertLayout
 
 _TILE = 2048
 """Scores of a program at once."""
-_MAX_PROGRAMS = 256
+_FINISH_TILE = 16384
+"""Sums that the one program of the second kernel adds up at once, in 16 warps."""
+_MAX_PROGRAMS = 1024
 
 _LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 
@@ -127,8 +129,8 @@ def router_finish_kernel(
     """f (E), three losses, the summary (E + 2): f in fp32, largest |logit|, mean logit. All but f are 0 unless AUX."""
     experts = tl.arange(0, EXPERTS)
     real = experts < NUM_EXPERTS
-    counts = tl.zeros([EXPERTS], tl.float32)
-    probs_sum = tl.zeros([EXPERTS], tl.float32)
+    counts = tl.zeros([ROWS, EXPERTS], tl.float32)  # summed over rows at the end: that takes a barrier
+    probs_sum = tl.zeros([ROWS, EXPERTS], tl.float32)
     squares, logits_sum = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
     for first in range(0, num_programs, ROWS):
@@ -136,17 +138,17 @@ def router_finish_kernel(
         exists = programs < num_programs
         rows = partials + programs * (2 * EXPERTS + 4)
         of_expert = rows[:, None] + experts[None, :]
-        counts += tl.sum(tl.load(of_expert, mask=exists[:, None], other=0), 0)
+        counts += tl.load(of_expert, mask=exists[:, None], other=0)
         if AUX:
-            probs_sum += tl.sum(tl.load(of_expert + EXPERTS, mask=exists[:, None], other=0), 0)
+            probs_sum += tl.load(of_expert + EXPERTS, mask=exists[:, None], other=0)
             squares += tl.load(rows + 2 * EXPERTS, mask=exists, other=0)
             logits_sum += tl.load(rows + 2 * EXPERTS + 1, mask=exists, other=0)
             largest = tl.maximum(largest, tl.load(rows + 2 * EXPERTS + 2, mask=exists, other=0))
     tokens = tl.maximum(num_tokens, 1).to(tl.float32)
-    fraction = counts / (tokens * TOP_K)
+    fraction = tl.sum(counts, 0) / (tokens * TOP_K)
     tl.store(f + experts, fraction.to(f.dtype.element_ty), mask=real)
     tl.store(summary + experts, fraction, mask=real)
-    p = probs_sum / tokens
+    p = tl.sum(probs_sum, 0) / tokens
     mean_logit = tl.sum(logits_sum) / (tokens * NUM_EXPERTS)
     tl.store(z_loss, tl.sum(squares) / tokens)
     tl.store(load_balance_loss, tl.sum(tl.load(balance_scale + experts, mask=real, other=0) * fraction * p))
@@ -241,7 +243,7 @@ def _launchers(
         Launcher(
             router_fwd_kernel, **shared, RANKS=triton.next_power_of_2(top_k), **choice, AUX=aux, TOKENS=tokens
         ),
-        Launcher(router_finish_kernel, **shared, AUX=aux, ROWS=max(1, 4 * _TILE // experts)),
+        Launcher(router_finish_kernel, **shared, AUX=aux, ROWS=max(1, _FINISH_TILE // experts), num_warps=16),
         Launcher(router_bwd_kernel, **shared, **choice, TOKENS=tokens),
         balance_scale,
         compute_scale,

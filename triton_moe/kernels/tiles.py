@@ -48,13 +48,21 @@ def ragged_start(buffer, expert, start, pitch, ragged_offsets, PARTS: tl.constex
 
 
 @triton.jit
-def accumulate(acc, lost, a, b, INPUT_PRECISION: tl.constexpr):
-    """acc + a b, and what its rounding lost.
+def accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    return tl.zeros([BLOCK_M, BLOCK_N], tl.float64 if INPUT_PRECISION == "fp64" else tl.float32)
 
-    In fp32 a block's own sum is formed first and added as Kahan does (1965, doi:10.1145/363707.363723): one chain of
-    roundings over a whole reduction errs several times more than PyTorch. In 16 bits nobody could tell.
+
+@triton.jit
+def accumulate(acc, lost, a, b, INPUT_PRECISION: tl.constexpr):
+    """acc + a b, and what its rounding lost. INPUT_PRECISION: that of `config.input_precision`.
+
+    One chain of fp32 roundings over a whole reduction errs several times more than PyTorch. So fp32 operands are
+    multiplied in fp64 where that is as fast; elsewhere a block's own sum is formed first and added as Kahan does (1965,
+    doi:10.1145/363707.363723). In 16 bits nobody could tell.
     """
-    if a.dtype == tl.float32:
+    if INPUT_PRECISION == "fp64":
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), acc, out_dtype=tl.float64), lost
+    elif a.dtype == tl.float32:
         part = tl.dot(a, b, input_precision=INPUT_PRECISION) - lost
         total = acc + part
         return total, (total - acc) - part
@@ -71,7 +79,8 @@ def tile_dot(
     """acc[m, n] += sum over k < size of a_rows[m][k] * b_cols[n][k * stride_bk], all vectors of pointers.
 
     a is read up to `a_size`, where it must be finite: a rounder bound than size makes wider loads.
-    PAIR: also acc_up from b_up_cols, with a loaded once; otherwise acc_up comes back as it was.
+    PAIR: also acc_up from b_up_cols, with a loaded once; otherwise acc_up comes back as it was. Both are of
+    `accumulator`, and the caller's to round.
     """
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_rows[:, None] + offs_k[None, :]

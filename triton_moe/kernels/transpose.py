@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import INTERPRETED, cdiv
+from triton_moe.kernels.config import INTERPRETED, cdiv, divides_widths
 from triton_moe.kernels.launch import Launcher
 from triton_moe.layout import ROW_ALIGNMENT, Routing
 
@@ -38,7 +37,7 @@ def _launcher() -> Launcher:
 def loadable(w: Tensor, routing: Routing) -> Tensor:
     """`w (H, S)` itself, or a copy with H contiguous if experts start where no wide load can, and rows are many."""
     layout = routing.layout
-    aligned = w.stride(1) != 1 or math.gcd(ROW_ALIGNMENT, *layout.widths) == ROW_ALIGNMENT
+    aligned = w.stride(1) != 1 or divides_widths(ROW_ALIGNMENT, layout)
     if aligned or routing.num_rows < _ROWS_WORTH_A_COPY * layout.num_experts:
         return w
     hidden_size, total_width = w.shape

@@ -50,7 +50,7 @@ _route_op = Operator("route(Tensor topk_ids, int[] widths) -> Tensor", _route, _
 
 
 def route(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
-    return trimmed(unpack(_route_op(topk_ids, layout.widths), topk_ids, layout))
+    return trimmed(_route_op(topk_ids, layout.widths), topk_ids, layout)
 
 
 # gather

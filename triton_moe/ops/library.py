@@ -15,6 +15,8 @@ from triton_moe.ops.first_order import first_order
 
 layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
 """The layout of a tuple of widths, as operators take it apart."""
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, tuple, list, str, bool, int, type(None)))
+"""Types of an eager call's arguments. Another tensor may be fake, functional, or a user's."""
 
 
 class Operator:
@@ -54,15 +56,17 @@ class Operator:
         """The results. `eager_options` reach `forward` in eager calls alone, which may mutate."""
         if forward_ad._current_level >= 0:
             raise RuntimeError("the kernels have no forward-mode derivatives: call them outside of dual_level()")
-        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        needs_grad = False
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                traced = traced or type(argument) not in (Tensor, torch.nn.Parameter)  # fake, functional, or a user's
-                needs_grad = needs_grad or argument.requires_grad
-        if traced:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or any(issubclass(kind, Tensor) for kind in set(map(type, arguments)) - _PLAIN)
+        ):
             return self.overload(*arguments)
-        if needs_grad and self.function is not None and torch.is_grad_enabled():
+        if (
+            self.function is not None
+            and torch.is_grad_enabled()
+            and any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+        ):
             return self.function.apply(*arguments)
         return self.forward(*arguments, **eager_options)
 

@@ -27,6 +27,7 @@ from triton_moe.kernels.hopper.pipeline import (
     multiply,
     pieces,
     store_box,
+    store_own_rows,
     store_rows,
     tma,
     wide_layout,
@@ -153,7 +154,7 @@ def finish_up(
     KEEP_ACT: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, buffers, pre, out, tables, ragged_offsets, num_tiles, H = operands
+    ring, pre, out, tables, ragged_offsets, num_tiles, H = operands
     PARTS: gl.constexpr = 2 if GATED else 1
     TILE_N: gl.constexpr = BLOCK_N // PARTS
     stage = 0
@@ -173,15 +174,15 @@ def finish_up(
             num_cols = width - col - at
             if num_cols > 0:
                 if KEEP_PRE:
-                    store_rows(buffers.index(2 * HALF), tiles[p], pre_start + at, PARTS * width, num_rows, num_cols)
+                    store_own_rows(tiles[p], pre_start + at, PARTS * width, num_rows, num_cols)
                 if KEEP_PRE and GATED:
                     up_start = pre_start + width + at
-                    store_rows(buffers.index(2 * HALF), tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
+                    store_own_rows(tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
                 if KEEP_ACT:
                     act = act_fwd(tiles[p], ACTIVATION, True)
                     if GATED:
                         act *= tiles[p + 2]
-                    store_rows(buffers.index(2 * HALF + 1), act, out_start + at, width, num_rows, num_cols)
+                    store_own_rows(act, out_start + at, width, num_rows, num_cols)
 
 
 @gluon.jit
@@ -193,10 +194,9 @@ def grouped_gemm_up_hopper_kernel(
 ):  # fmt: skip
     TILE_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     ring = make_weights_ring(x.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
-    buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, tiles)
     num_tiles = num_ragged_tiles(numbers, TILE_N)
-    consumer = (ring, buffers, pre, out, tables, ragged_offsets, num_tiles, H)
+    consumer = (ring, pre, out, tables, ragged_offsets, num_tiles, H)
     producer = (ring, x, w1, w3, tables, row_to_slot, ragged_offsets, num_tiles, None, H, stride_xt)
     gl.warp_specialize(
         [

@@ -49,14 +49,15 @@ def _aligned(matrix: Tensor) -> bool:
 def takes(routing: Routing, *weights: Tensor | None) -> bool:
     """Whether a product of these weights, or for them, runs here: if that was asked for, or it is large and the choice
     is ours; there are rows, and no weight lies askew in memory."""
-    first = weights[0]
+    first, layout, num_rows = weights[0], routing.layout, routing.num_rows
     assert first is not None
-    hidden_size = first.numel() // routing.layout.total_width
-    size = routing.num_rows * first.numel() // routing.layout.num_experts
+    if routing.backend != "hopper" and (
+        routing.backend != "auto" or num_rows * first.numel() < _WORTH_IT * layout.num_experts
+    ):
+        return False
     return (
-        (routing.backend == "hopper" or (routing.backend == "auto" and size >= _WORTH_IT))
-        and routing.num_rows > 0
-        and fits(routing.layout, hidden_size, first.dtype, first.device)
+        num_rows > 0
+        and fits(layout, first.numel() // layout.total_width, first.dtype, first.device)
         and all(weight is None or _aligned(weight) for weight in weights)
     )
 

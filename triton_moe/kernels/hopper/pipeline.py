@@ -49,6 +49,22 @@ def wide_layout(columns):
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def own_rows_layout(columns, half_way=False):
+    """64 rows where an accumulator has them: no row changes its warp. 16 bytes a thread, 64 bytes of a row at a time;
+    half way there, one of the two exchanges is still to come that an accumulator's columns need within fours of threads.
+    """
+    across = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    swapped = [[8, 0], [0, 16]] if half_way else [[0, 4], [8, 0]]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], *swapped, *across],
+        lane_bases=[[0, 8], [0, 4] if half_way else [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, int(columns)],
+    )
+
+
 @gluon.jit
 def make_ring(
     element: gl.constexpr, A_SHAPE_0: gl.constexpr, A_SHAPE_1: gl.constexpr, B_SHAPE_0: gl.constexpr,
@@ -138,10 +154,9 @@ def pieces(tile):
 
 
 @gluon.jit
-def row_pointers(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+def row_pointers(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
     """Pointers to a tile of 16-bit elements and which of them are within num_rows and num_cols (a multiple of 8), 16
     bytes a thread. `start` and the rows must be aligned so."""
-    layout: gl.constexpr = wide_layout(COLUMNS)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     pointers = start + rows[:, None] * stride + cols[None, :]
@@ -152,13 +167,28 @@ def row_pointers(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS:
 @gluon.jit
 def copy_rows(buffer, start, stride, num_rows, num_cols):
     """Start copying a tile into `buffer`, zeros outside of num_rows and num_cols; see `row_pointers`."""
-    pointers, mask = row_pointers(start, stride, num_rows, num_cols, buffer.shape[0], buffer.shape[1])
+    layout: gl.constexpr = wide_layout(buffer.shape[1])
+    pointers, mask = row_pointers(start, stride, num_rows, num_cols, buffer.shape[0], buffer.shape[1], layout)
     copy_elements(buffer, pointers, mask)
+
+
+@gluon.jit
+def store_own_rows(tile, start, stride, num_rows, num_cols):
+    """Store the part of an accumulator's piece within num_rows and num_cols; see `row_pointers`. Unlike `store_rows` it
+    needs no shared memory and no barrier: threads exchange their columns. The compiler does one exchange so but not two,
+    and would make one conversion of both, were it not for the instruction between them, which does nothing."""
+    half_way: gl.constexpr = own_rows_layout(tile.shape[1], True)
+    layout: gl.constexpr = own_rows_layout(tile.shape[1])
+    tile = gl.convert_layout(tile.to(start.dtype.element_ty), half_way)
+    tile = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2)
+    pointers, mask = row_pointers(start, stride, num_rows, num_cols, tile.shape[0], tile.shape[1], layout)
+    gl.store(pointers, gl.convert_layout(tile, layout), mask=mask)
 
 
 @gluon.jit
 def store_rows(buffer, tile, start, stride, num_rows, num_cols):
     """Store the part of a tile, of any layout, within num_rows and num_cols, by way of `buffer`; see `row_pointers`."""
-    pointers, mask = row_pointers(start, stride, num_rows, num_cols, tile.shape[0], tile.shape[1])
+    layout: gl.constexpr = wide_layout(tile.shape[1])
+    pointers, mask = row_pointers(start, stride, num_rows, num_cols, tile.shape[0], tile.shape[1], layout)
     buffer.store(tile.to(buffer.dtype))
-    gl.store(pointers, buffer.load(wide_layout(tile.shape[1])), mask=mask)
+    gl.store(pointers, buffer.load(layout), mask=mask)

@@ -1,0 +1,290 @@
+"""What the rows in `results/` say, as captions and tables.
+
+Of each benchmark the newest rows count: those of the last run of it, or of each of its cases.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cases import CASES, GROUPS
+from results import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+OURS, OURS_AS_GRAPH, REFERENCE = "triton_moe", "triton_moe_graph", "stk"
+RIVALS = {
+    "grouped_mm": "torch grouped_mm (padded to the widest expert)",
+    "scattermoe": "ScatterMoE (one width alone)",
+}
+
+Rows = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    """With file names in backquotes."""
+    header: Sequence[str] = ()
+    body: Sequence[Sequence[str]] = ()
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.body] if self.header else []
+        shown = [f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines]
+        return "\n".join([self.caption, *([""] if shown else []), *shown])
+
+
+def rows_of(path: Path) -> Rows:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_of(row: dict[str, str]) -> tuple[str, str]:
+    return row["date"], row["commit"]
+
+
+def newest(rows: Rows) -> Rows:
+    """Those of the last run."""
+    return [row for row in rows if run_of(row) == run_of(rows[-1])]
+
+
+def newest_of_each_case(rows: Rows, contestants: Collection[str]) -> list[Rows]:
+    """Of each case the rows of the last run that had all these contestants: ratios come from one run."""
+    runs: dict[str, dict[tuple[str, str], dict[str, dict[str, str]]]] = {}
+    for row in rows:
+        contestant = row.get("contestant", "")
+        if contestant in contestants:
+            runs.setdefault(row["case"], {}).setdefault(run_of(row), {})[contestant] = row
+    complete = [[run for run in of_case.values() if len(run) == len(contestants)] for of_case in runs.values()]
+    return [list(of_case[-1].values()) for of_case in complete if of_case]
+
+
+def machine(row: dict[str, str]) -> str:
+    return f"{row['gpu']}, torch {row['torch']}, triton {row['triton']}, {row['date']}, commit {row['commit']}"
+
+
+def machines(rows: Rows) -> str:
+    """That of the last row, and the commits of all."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return machine({**rows[-1], "commit": commits})
+
+
+def shape(row: dict[str, str]) -> str:
+    return ", ".join(row[column] for column in ("T", "H", "sizes", "K", "activation") if column in row)
+
+
+def speed(rows: Rows) -> list[Table]:
+    """A table a rival, a line a case of cases.py: forward / step in milliseconds."""
+    rows, tables = [row for row in rows if row["case"] in CASES], []
+    for rival, name in RIVALS.items():
+        cases = newest_of_each_case(rows, (OURS, rival))
+        if not cases:
+            continue
+        used = [row for case in cases for row in case]
+        caption = (
+            f"Forward / forward and backward in ms beside {name}, bf16, the same router, auxiliary losses off, medians "
+            f"of loops in which the contestants take turns ({machines(used)}; cuBLAS 8192^3 ran at "
+            f"{used[-1]['cublas_8192_tflops']} TFLOP/s, a torch add took {used[-1]['torch_add_us']} us of host time; "
+            f"`benchmarks/results/bench_moe.csv`)."
+        )
+        body = []
+        for case in cases:
+            times = {row["contestant"]: f"{row['forward_ms']} / {row['step_ms']}" for row in case}
+            body.append([shape(case[0]), times[OURS], times[rival]])
+        tables.append(Table(caption, ("T, H, sizes, K, activation", "this project", name), body))
+    return tables
+
+
+def against_reference(rows: Rows) -> list[Table]:
+    """A line a case of the starting document: the block-sparse reference, ours, ours as CUDA graphs, and how many times
+    as fast they are."""
+    seed = {case.name for case in GROUPS["seed"]}
+    cases = newest_of_each_case([row for row in rows if row["case"] in seed], (REFERENCE, OURS, OURS_AS_GRAPH))
+    if not cases:
+        return []
+    body = []
+    for case in cases:
+        times = {row["contestant"]: [row[column] for column in ("forward_ms", "step_ms")] for row in case}
+        cells = [" / ".join(times[REFERENCE])]
+        for name in (OURS, OURS_AS_GRAPH):
+            ratios = (float(theirs) / float(mine) for theirs, mine in zip(times[REFERENCE], times[name], strict=True))
+            cells += [" / ".join(times[name]), " / ".join(f"{ratio:.1f}x" for ratio in ratios)]
+        body.append([shape(case[0]), *cells])
+    caption = (
+        f"The starting document's configurations beside the block-sparse reference on stk: forward / forward and "
+        f"backward in ms, bf16 ({machines([row for case in cases for row in case])}; `bench_moe.csv`)."
+    )
+    header = ("T, H, sizes, K, activation", "reference", "this project", "", "as CUDA graphs", "")
+    return [Table(caption, header, body)]
+
+
+def topology(rows: Rows) -> list[Table]:
+    """A line a case: what building the sparse topology takes of the reference's forward pass."""
+    cases: dict[str, Rows] = {}
+    for row in rows:
+        if row["contestant"] == REFERENCE:
+            cases.setdefault(row["case"], []).append(row)
+    used, body = [], []
+    for of_case in map(newest, cases.values()):
+        stages = {row["stage"]: row for row in of_case}
+        built, forward = stages["topology"], stages["forward"]
+        body.append([shape(forward), forward["ms"], built["ms"], f"{float(built['percent']):.0f}%"])
+        used.append(forward)
+    if not used:
+        return []
+    caption = (
+        f"What building the sparse topology takes of the reference's forward pass, each timed by itself in a loop, in "
+        f"ms ({machines(used)}; `bench_profile.csv`)."
+    )
+    return [Table(caption, ("T, H, sizes, K, activation", "forward", "topology", "share"), body)]
+
+
+def widths(rows: Rows) -> list[Table]:
+    """A line a pair of a uniform layout and another one: TFLOP/s, and what is left of the uniform one's."""
+    ours = {row["case"]: row for row in rows if row["contestant"] == OURS}
+    names = [case.name for case in GROUPS["widths"] if case.name in ours]
+    pairs = [(ours[uniform], ours[other]) for uniform, other in zip(names[::2], names[1::2], strict=True)]
+    if not pairs:
+        return []
+    caption = (
+        f"What widths cost: TFLOP/s forward / step of layouts with about equal FLOPs, SwiGLU, bf16 "
+        f"({machines([row for pair in pairs for row in pair])}; `bench_moe.csv`)."
+    )
+    body = []
+    for pair in pairs:
+        rates = [[float(row[column]) for column in ("forward_tflops", "step_tflops")] for row in pair]
+        speeds = [f"{forward:.0f} / {step:.0f}" for forward, step in rates]
+        share = " / ".join(f"{other / uniform:.0%}" for uniform, other in zip(*rates, strict=True))
+        sizes = [row["case"] if len(row["sizes"]) > 40 else row["sizes"] for row in pair]
+        of_pair = ", ".join(pair[0][column] for column in ("T", "H", "K"))
+        body.append([of_pair, sizes[0], speeds[0], sizes[1], speeds[1], share])
+    return [Table(caption, ("T, H, K", "uniform", "TFLOP/s", "other widths", "TFLOP/s", "of the uniform"), body)]
+
+
+def host(rows: Rows) -> list[Table]:
+    """A line a case: eager and as a CUDA graph."""
+    used = [case[-1] for case in newest_of_each_case(rows, ("",))]
+    caption = (
+        f"Small shapes with the three losses, where the host decides: forward / forward and backward in ms, and kernel "
+        f"launches ({machines(used)}; a torch add took {used[-1]['torch_add_us']} us of host time; `bench_host.csv`)."
+    )
+    columns = (
+        ("forward_ms", "step_ms"),
+        ("graph_forward_ms", "graph_step_ms"),
+        ("launches_forward", "launches_step"),
+    )
+    body = [[shape(row), *(f"{row[a]} / {row[b]}" for a, b in columns)] for row in used]
+    return [Table(caption, ("T, H, sizes, K", "eager", "CUDA graph", "launches"), body)]
+
+
+def accuracy(rows: Rows) -> list[Table]:
+    rows = newest(rows)
+    ratios = [float(row["ratio"]) for row in rows if row["ratio"]]
+    passed = sum(row["result"] == "pass" for row in rows)
+    return [
+        Table(
+            f"Against the fp64 oracle, output and every gradient of the full-size cases in bf16, fp16 and fp32: "
+            f"{passed} of {len(rows)} comparisons within the error budget, the rms error {min(ratios):.2f} to "
+            f"{max(ratios):.2f} times that of plain PyTorch in the same dtype ({machine(rows[-1])}; `accuracy.csv`)."
+        )
+    ]
+
+
+def stress(rows: Rows) -> list[Table]:
+    """The last row of each backend."""
+    said = [
+        f"backend {row['backend']} {row['draws']} draws, {row['mismatches']} outside the error budget, "
+        f"{row['bitwise_differences']} that differed between two runs ({machine(row)})"
+        for row in {row["backend"]: row for row in rows}.values()
+    ]
+    return [
+        Table(
+            f"Random layers and routings, forward and backward, each against the oracle and run twice: "
+            f"{'; '.join(said)} (`stress.csv`)."
+        )
+    ]
+
+
+def training(rows: Rows) -> list[Table]:
+    """A line a contestant: what a training step takes."""
+    rows = newest(rows)
+    first = rows[-1]
+    caption = (
+        f"Training steps of examples/train_gpt.py: {first['num_layers']} layers, hidden size {first['hidden_size']}, "
+        f"{first['sizes']} top-{first['num_active_experts']} {first['activation']}, {first['batch_size']} sequences of "
+        f"{first['context']} tokens, {first['precision']}, compiled, {first['optimizer']}, medians of loops in which "
+        f"the models take turns; the share of MoE MLPs is what a step takes longer than without them "
+        f"({machine(first)}; `bench_train.csv`)."
+    )
+    body = []
+    for row in rows:
+        shares = [f"{float(row[column]):.0%}" if row[column] else "" for column in ("mfu", "moe_share")]
+        rate = f"{float(row['tokens_per_second']):,.0f}"
+        body.append([row["experts"], row["compile"], row["step_ms"], rate, *shares])
+    return [Table(caption, ("experts", "compiled by", "step, ms", "tokens/s", "MFU", "share of MoE MLPs"), body)]
+
+
+def experiments(rows: Rows) -> list[Table]:
+    """A line an experiment and seed of the last run."""
+    rows = newest(rows)
+    first = rows[-1]
+    caption = (
+        f"Experts of several widths, about equal in active parameters: {first['num_layers']} layers, hidden size "
+        f"{first['hidden_size']}, {first['steps']} steps, {first['passes']} passes over the Python standard library's "
+        f"sources, {first['optimizer']}, {first['balancing']} ({machine(first)}; `train_widths.csv`, drawn in "
+        f"`docs/train_widths.svg`)."
+    )
+    body = []
+    for row in rows:
+        counts = (row["active_parameters"], row["active_parameters_used"])
+        active = " / ".join(f"{float(count) / 1e6:.1f}M" for count in counts)
+        sizes, rate = f"{row['sizes']}, top-{row['num_active_experts']}", f"{float(row['tokens_per_second']):,.0f}"
+        body.append([sizes, row["seed"], active, row["held_out_loss"], rate])
+    header = ("experts", "seed", "active parameters, even / as used", "held-out loss, nats a token", "tokens/s")
+    return [Table(caption, header, body)]
+
+
+SECTIONS: tuple[tuple[str, Callable[[Rows], list[Table]]], ...] = (
+    ("bench_moe.csv", against_reference),
+    ("bench_profile.csv", topology),
+    ("bench_moe.csv", speed),
+    ("bench_moe.csv", widths),
+    ("bench_host.csv", host),
+    ("bench_train.csv", training),
+    ("train_widths.csv", experiments),
+    ("accuracy.csv", accuracy),
+    ("stress.csv", stress),
+)
+
+
+def tables_of(folder: Path) -> list[Table]:
+    """What the rows in a folder say."""
+    found = [section(rows_of(folder / name)) for name, section in SECTIONS if (folder / name).exists()]
+    return [table for tables in found for table in tables]
+
+
+def gradients_of(folder: Path) -> list[Table]:
+    """A table a machine and dtype, a line a case and contestant: cosine similarity and relative error of dw1, dw2."""
+    path = folder / "gradients.csv"
+    newest_rows = {
+        tuple(row[key] for key in ("gpu", "dtype", "case", "contestant", "tensor")): row
+        for row in (rows_of(path) if path.exists() else [])
+    }
+    grouped: dict[tuple[str, str], Rows] = {}
+    for row in newest_rows.values():
+        grouped.setdefault((row["gpu"], row["dtype"]), []).append(row)
+    tables = []
+    for (_, dtype), rows in grouped.items():
+        figures = {
+            tuple(row[key] for key in ("case", "contestant", "tensor")): f"{row['cosine']} / {row['relative_error']}"
+            for row in rows
+        }
+        body = [
+            [case, contestant, *(figures[case, contestant, tensor] for tensor in ("dw1", "dw2"))]
+            for case, contestant in dict.fromkeys((row["case"], row["contestant"]) for row in rows)
+        ]
+        caption = f"{dtype} ({machines(rows)}; `benchmarks/results/gradients.csv`), cosine similarity / relative error:"
+        tables.append(Table(caption, ("case", "layer", "dw1", "dw2"), body))
+    return tables

@@ -1,0 +1,83 @@
+"""The launcher's short way, on a stand-in for a compiled kernel: which launches take it, and with which arguments."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+class Kernel:
+    """Counts Triton's own launches, and notes what the short way hands over."""
+
+    arg_names = ("x", "offsets", "size", "number", "BLOCK")
+    do_not_specialize = ("number",)
+
+    def __init__(self) -> None:
+        self.slow: list[tuple] = []
+        self.fast: list[tuple] = []
+
+    def __getitem__(self, grid: tuple) -> Any:
+        def launch(*args: Any, **options: Any) -> SimpleNamespace:
+            self.slow.append((grid, *args))
+            return SimpleNamespace(run=lambda *args: self.fast.append(args), function="f", packed_metadata="m")
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    from triton_moe.kernels import launch
+
+    active = SimpleNamespace(get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    return Kernel()
+
+
+def test_only_what_compiles_anew_takes_tritons_way(kernel: Kernel) -> None:
+    from triton_moe.kernels.launch import Launcher
+
+    launcher, x, offsets = Launcher(kernel, BLOCK=8), torch.zeros(64), torch.zeros(64, dtype=torch.int32)
+    known = (x, offsets, 16, 3)
+    launcher._launch((4,), 0, known)
+    assert (len(kernel.slow), len(kernel.fast)) == (1, 0)
+    launcher._launch((5, 2), 0, (x, offsets, 16, 7))  # `number` is not specialised
+    launcher._launch((4,), 0, (x[4:], offsets, 16, 3))
+    assert len(kernel.slow) == 1
+    common = ("stream", "f", "m", None, None, None)
+    assert kernel.fast[0] == (5, 2, 1, *common, x.data_ptr(), offsets.data_ptr(), 16, 7, 8)
+    assert kernel.fast[1] == (4, 1, 1, *common, x[4:].data_ptr(), offsets.data_ptr(), 16, 3, 8)
+    others = ((x, offsets, 32, 3), (x.double(), offsets, 16, 3), (None, offsets, 16, 3), (x, offsets, 16, 2**31))
+    for number, args in enumerate(others, start=2):
+        for _ in range(2):
+            launcher._launch((4,), 0, args)
+        assert len(kernel.slow) == number
+    launcher._launch((4,), 1, known)  # another device
+    for _ in range(2):
+        launcher._launch((4,), 0, (x[1:], offsets, 16, 3))  # not aligned to 16 bytes
+    assert len(kernel.slow) == 8
+    assert kernel.fast[4][9] is None
+
+
+def test_a_piece_is_its_view(kernel: Kernel) -> None:
+    from triton_moe import ExpertLayout
+    from triton_moe.kernels.launch import Launcher, Piece
+    from triton_moe.kernels.route import packed_numel, trimmed, unpack
+
+    layout, ids = ExpertLayout((8, 8, 4)), torch.zeros(5, 2, dtype=torch.int32)
+    packed = torch.arange(packed_numel(ids.numel(), layout), dtype=torch.int32)
+    pieces, views = unpack(packed, ids, layout), trimmed(packed, ids, layout)
+    for name in ("counts", "row_offsets", "ragged_offsets", "row_to_slot", "slot_to_row", "row_blocks", "expert_order"):
+        piece, view = getattr(pieces, name), getattr(views, name)
+        assert isinstance(piece, Piece)
+        assert piece.address == view.data_ptr()
+        assert piece.dtype == view.dtype
+        assert torch.equal(piece.view()[: view.numel()], view.flatten())
+    assert pieces.read_ragged_numel() == views.read_ragged_numel()
+    launcher, x = Launcher(kernel, BLOCK=8), torch.zeros(64)
+    for _ in range(2):
+        launcher._launch((4,), 0, (x, pieces.row_offsets, 16, 3))
+    ((_, _, shown, *_),), (given,) = kernel.slow, kernel.fast
+    assert shown.data_ptr() == given[10] == views.row_offsets.data_ptr()

@@ -1,0 +1,202 @@
+"""The tables, the documents and the page are made of the rows, and of nothing else."""
+
+import re
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import report
+import results
+import tables
+from page import PLOTS, page
+from typer.testing import CliRunner
+
+from triton_moe import cli
+
+MACHINE = {"gpu": "a GPU", "torch": "2", "triton": "3", "date": "today", "commit": "abc"}
+SHAPE = {"T": "4096", "H": "256", "sizes": "8x512", "K": "2", "activation": "relu_squared"}
+CASE = "8exp_uniform"
+
+
+def timed(contestant: str, forward: str, step: str, **changed: str) -> dict[str, str]:
+    times = {"forward_ms": forward, "step_ms": step, "peak_MiB": "", "cublas_8192_tflops": "777", "torch_add_us": "9"}
+    times |= {"forward_tflops": "1", "step_tflops": "1"}
+    return {"case": CASE, "contestant": contestant, **SHAPE, **times, **MACHINE} | changed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Rows of the reference and ours, timed and profiled, and of a sweep."""
+    path = tmp_path / "rows"
+    path.mkdir()
+    times = {"stk": ("2.125", "4.25"), "triton_moe": ("0.25", "0.85"), "triton_moe_graph": ("0.0625", "0.17")}
+    results.append(path / "bench_moe.csv", [timed(name, *of) for name, of in times.items()])
+    stages = {"router": ("0.5", "25"), "topology": ("0.75", "37.5"), "rest": ("0.75", "37.5"), "forward": ("2", "100")}
+    results.append(
+        path / "bench_profile.csv",
+        [
+            {"case": CASE, "contestant": "stk", **SHAPE, "stage": stage, "ms": ms, "percent": percent, **MACHINE}
+            for stage, (ms, percent) in stages.items()
+        ],
+    )
+    sweep = [{"sweep": "T", "value": str(4**n), "contestant": "triton_moe"} for n in range(3)]
+    results.append(
+        path / "bench_scaling.csv",
+        [{**row, "forward_ms": f"0.{n}123", "step_ms": f"0.{n}456"} for n, row in enumerate(sweep, 1)],
+    )
+    refused = {
+        "benchmark": "bench_moe",
+        "case": CASE,
+        "contestant": "momoe",
+        "kind": "crashed",
+        "reason": "<no & kernel>",
+    }
+    results.append(path / "refused.csv", [{**refused, **MACHINE}])
+    return path
+
+
+class Read(HTMLParser):
+    """Texts of table cells, names of elements, and everything that a browser would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.elements: list[str] = []
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster") or "url(" in (value or ""):
+                self.loads.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+def test_the_page_has_the_rows_and_loads_nothing(folder: Path) -> None:
+    text = page(folder)
+    read = Read(text)
+    for path in folder.glob("*.csv"):
+        for row in tables.rows_of(path):
+            for value in filter(None, row.values()):
+                assert value in read.cells, (path.name, value)
+    assert read.elements.count("svg") == 3
+    assert all(load.startswith("#") or load.startswith("url(#") or "url(#" in load for load in read.loads), read.loads
+    assert not {"script", "link", "img", "iframe", "image", "object"} & set(read.elements)
+    assert not re.search(r"@import|url\(\s*['\"]?(https?:)?//", text)
+    assert "8.5x / 5.0x" in read.cells
+    assert "34.0x / 25.0x" in read.cells
+
+
+def test_the_page_of_the_repository(tmp_path: Path) -> None:
+    """Every row of every file is there, and every file with a plot has one."""
+    text = page(tables.RESULTS)
+    for path in tables.RESULTS.glob("*.csv"):
+        last = tables.rows_of(path)[-1]
+        assert "".join(f"<td>{value}</td>" for value in last.values()) in text, path.name
+    assert text.count("<svg") == sum((tables.RESULTS / name).exists() for name in PLOTS)
+
+
+def test_against_the_reference(folder: Path) -> None:
+    (table,) = tables.against_reference(tables.rows_of(folder / "bench_moe.csv"))
+    assert [list(line) for line in table.body] == [
+        [
+            "4096, 256, 8x512, 2, relu_squared",
+            "2.125 / 4.25",
+            "0.25 / 0.85",
+            "8.5x / 5.0x",
+            "0.0625 / 0.17",
+            "34.0x / 25.0x",
+        ]
+    ]
+    assert tables.against_reference([timed("stk", "1", "1"), timed("triton_moe", "1", "1")]) == []
+
+
+def test_the_topology_has_its_share(folder: Path) -> None:
+    (table,) = tables.topology(tables.rows_of(folder / "bench_profile.csv"))
+    assert list(table.body[0])[1:] == ["2", "0.75", "38%"]
+
+
+@pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_say_what_the_rows_say(path: Path) -> None:
+    document = path.read_text()
+    assert report.with_measured(document, report.DOCUMENTS[path](tables.RESULTS)) == document
+
+
+def test_newest_rows_alone(tmp_path: Path) -> None:
+    row = dict.fromkeys(("backend", "draws", "mismatches", "bitwise_differences", "gpu", "torch", "triton"), "0")
+    rows = [{**row, "draws": draws, "date": "d", "commit": draws} for draws in ("old", "new")]
+    results.append(tmp_path / "stress.csv", rows)
+    (table,) = tables.tables_of(tmp_path)
+    assert "run twice: backend 0 new draws, 0 outside" in table.caption
+
+
+def test_ratios_come_from_one_run() -> None:
+    """The last one that had both."""
+    runs = (("1", "triton_moe"), ("1", "grouped_mm"), ("2", "triton_moe"), ("2", "grouped_mm"), ("3", "triton_moe"))
+    rows = [timed(name, f"{name}{commit}", "s", commit=commit) for commit, name in runs]
+    (table,) = tables.speed(rows)
+    assert table.markdown().endswith("| triton_moe2 / s | grouped_mm2 / s |")
+
+
+def test_a_readme_without_the_part_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^document: expected one part between .*, got 0"):
+        report.with_measured("# Nothing measured", [])
+
+
+def test_a_folder_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.html")])
+    assert "--results: expected a folder with CSV files" in capsys.readouterr().err
+
+
+def test_the_command_writes_the_page(folder: Path, tmp_path: Path) -> None:
+    written = tmp_path / "page.html"
+    assert report.main(["--results", str(folder), "--page", str(written)]) == 0
+    assert written.read_text() == page(folder)
+
+
+def test_the_commands_run_scripts_with_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        calls.append(command[1:])
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    for line in ("bench scaling --quick --sweeps T E", "bench --quick", "bench", "report --page p"):
+        assert CliRunner().invoke(cli.app, line.split()).exit_code == 3
+    assert [[Path(script).name, *options] for script, *options in calls] == [
+        ["bench_scaling.py", "--quick", "--sweeps", "T", "E"],
+        ["bench_moe.py", "--quick"],
+        ["bench_moe.py"],
+        ["report.py", "--page", "p"],
+    ]
+    assert all(Path(script).exists() for script, *_ in calls)
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["report"]])
+def test_without_the_repository_there_is_a_sentence(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "BENCHMARKS", tmp_path)
+    done = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "400", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert "the benchmarks are in the repository, not in the installed package" in done.output
+
+
+def test_an_unknown_benchmark_is_refused() -> None:
+    done = CliRunner().invoke(cli.app, ["bench", "nothing"], env={"COLUMNS": "400", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert "name: expected one of accuracy, forward," in done.output
