@@ -22,6 +22,7 @@ import matplotlib
 import torch
 from cases import CASES
 from results import ROOT, append, folder, provenance
+from tables import newest, rows_of
 from torch import Tensor
 
 from triton_moe import ExpertLayout, Routing
@@ -143,8 +144,6 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from tables import newest, rows_of
-
     parser = argparse.ArgumentParser(description="Busy time of multiprocessors; rows go to busy_time.csv.")
     parser.add_argument("--case", default="220_random", choices=list(CASES))
     parser.add_argument("--draw", action="store_true", help="draw the newest rows, measure nothing")

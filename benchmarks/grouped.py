@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from layers import CannotRun, Layer, State
-from stacked import Form, Stacked, activation_of, stacked_layer
+from results import ROOT
+from stacked import Form, Stacked, stacked_layer
 from torch import Tensor
 
+sys.path.append(str(ROOT / "examples"))
+from padded_experts import grouped_mm_mlp, through_experts
+
 from triton_moe import MoEConfig
-from triton_moe.activations import is_gated
-
-
-class _Reorder(torch.autograd.Function):
-    """Rows `index` of a matrix. Every row is taken `copies` times, and `inverse (rows * copies)` says where each copy
-    went, so that backward is another selection and a sum: without atomic additions, and repeatable."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        rows = dout.index_select(0, inverse)
-        return rows if ctx.copies == 1 else rows.view(-1, ctx.copies, rows.shape[1]).sum(1), None, None, None
 
 
 class GroupedMM:
@@ -46,17 +33,9 @@ class GroupedMM:
         self.places = torch.arange(len(order), dtype=torch.int32, device=order.device)
 
     def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        K = self.config.num_active_experts
-        ids = topk_ids.int().flatten() if self.place is None else self.place[topk_ids.flatten()]
-        sorted_ids, row_to_slot = ids.sort(stable=True)
-        offsets = torch.searchsorted(sorted_ids, self.places, right=True, out_int32=True)
-        slot_to_row = torch.empty_like(row_to_slot)
-        slot_to_row[row_to_slot] = torch.arange(row_to_slot.numel(), device=x.device)
-
-        rows: Tensor = _Reorder.apply(x, row_to_slot // K, slot_to_row, K)  # type: ignore[assignment]
-        y = self._experts(self.weights[0], rows, offsets) if self.place is None else self._by_group(rows, offsets)
-        y: Tensor = _Reorder.apply(y, slot_to_row, row_to_slot, 1)  # type: ignore[assignment]
-        return torch.bmm(topk_weights[:, None], y.view(-1, K, y.shape[1])).squeeze(1)
+        if self.place is None:
+            return through_experts(x, topk_weights, topk_ids, self.places, partial(self._experts, self.weights[0]))
+        return through_experts(x, topk_weights, self.place[topk_ids], self.places, self._by_group)
 
     def _by_group(self, rows: Tensor, offsets: Tensor) -> Tensor:
         row_ends, parts, first, row = offsets.tolist(), [], 0, 0
@@ -69,14 +48,7 @@ class GroupedMM:
         return torch.cat(parts)
 
     def _experts(self, weights: Stacked, rows: Tensor, offsets: Tensor) -> Tensor:
-        h = F.grouped_mm(rows, weights.up, offs=offsets)
-        act = activation_of(self.config)
-        if is_gated(self.config.activation):
-            gate, up = h.chunk(2, dim=1)
-            a = act(gate) * up
-        else:
-            a = act(h)
-        return F.grouped_mm(a, weights.down, offs=offsets)
+        return grouped_mm_mlp(rows, offsets, weights.up, weights.down, self.config.activation)
 
 
 def _grouped_mm(config: MoEConfig, state: State, groups: Sequence[Sequence[int]]) -> Layer:

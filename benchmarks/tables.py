@@ -221,6 +221,45 @@ def stress(rows: Rows) -> list[Table]:
     ]
 
 
+def training(rows: Rows) -> list[Table]:
+    """A line a contestant: what a training step takes."""
+    rows = newest(rows)
+    first = rows[-1]
+    caption = (
+        f"Training steps of examples/train_gpt.py: {first['num_layers']} layers, hidden size {first['hidden_size']}, "
+        f"{first['sizes']} top-{first['num_active_experts']} {first['activation']}, {first['batch_size']} sequences of "
+        f"{first['context']} tokens, {first['precision']}, compiled, {first['optimizer']}, medians of loops in which "
+        f"the models take turns; the share of MoE MLPs is what a step takes longer than without them "
+        f"({machine(first)}; `bench_train.csv`)."
+    )
+    body = []
+    for row in rows:
+        shares = [f"{float(row[column]):.0%}" if row[column] else "" for column in ("mfu", "moe_share")]
+        rate = f"{float(row['tokens_per_second']):,.0f}"
+        body.append([row["experts"], row["compile"], row["step_ms"], rate, *shares])
+    return [Table(caption, ("experts", "compiled by", "step, ms", "tokens/s", "MFU", "share of MoE MLPs"), body)]
+
+
+def experiments(rows: Rows) -> list[Table]:
+    """A line an experiment and seed of the last run."""
+    rows = newest(rows)
+    first = rows[-1]
+    caption = (
+        f"Experts of several widths, about equal in active parameters: {first['num_layers']} layers, hidden size "
+        f"{first['hidden_size']}, {first['steps']} steps, {first['passes']} passes over the Python standard library's "
+        f"sources, {first['optimizer']}, {first['balancing']} ({machine(first)}; `train_widths.csv`, drawn in "
+        f"`docs/train_widths.svg`)."
+    )
+    body = []
+    for row in rows:
+        counts = (row["active_parameters"], row["active_parameters_used"])
+        active = " / ".join(f"{float(count) / 1e6:.1f}M" for count in counts)
+        sizes, rate = f"{row['sizes']}, top-{row['num_active_experts']}", f"{float(row['tokens_per_second']):,.0f}"
+        body.append([sizes, row["seed"], active, row["held_out_loss"], rate])
+    header = ("experts", "seed", "active parameters, even / as used", "held-out loss, nats a token", "tokens/s")
+    return [Table(caption, header, body)]
+
+
 SECTIONS: tuple[tuple[str, Callable[[Rows], list[Table]]], ...] = (
     ("bench_moe.csv", against_reference),
     ("bench_profile.csv", topology),
@@ -228,6 +267,8 @@ SECTIONS: tuple[tuple[str, Callable[[Rows], list[Table]]], ...] = (
     ("bench_moe.csv", widths),
     ("bench_host.csv", host),
     ("bench_decode.csv", decode),
+    ("bench_train.csv", training),
+    ("train_widths.csv", experiments),
     ("accuracy.csv", accuracy),
     ("stress.csv", stress),
 )

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "triton_moe"
-FOLDERS = ("triton_moe", "reference", "tests", "benchmarks")
+FOLDERS = ("triton_moe", "reference", "tests", "benchmarks", "examples")
 DEVICE_CODE = sorted([*(PACKAGE / "kernels").rglob("*.py"), *(PACKAGE / "ops").rglob("*.py")])
 READ_BACK = re.compile(r"\.(item|tolist|cpu|nonzero)\(|compiler\.disable|cuda\.synchronize")
 

@@ -1,0 +1,101 @@
+"""The commands that measure the training recipe, on tiny models."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import bench_train
+import pytest
+import tables
+import torch
+import train_widths
+from bpe import Tokens
+from padded_experts import PaddedExperts
+
+TEXT = Path(dataclasses.__file__)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On one thread of it: tensors this small only wait for each other's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_bench_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_train.main(["--quick", "--data", str(TEXT), "--repeats", "1", "--out", str(tmp_path)]) == 0
+    ours, rival, without = rows_of(tmp_path / "bench_train.csv")
+    assert [row["experts"] for row in (ours, rival, without)] == ["triton", "grouped_mm", "none"]
+    for row in (ours, rival):
+        share = 1 - float(without["step_ms"]) / float(row["step_ms"])
+        assert float(row["moe_share"]) == pytest.approx(share, abs=2e-3)
+    config = bench_train.QUICK_CONFIG
+    rate = config.tokens_per_step / float(ours["step_ms"]) * 1e3
+    assert float(ours["tokens_per_second"]) == pytest.approx(rate, rel=2e-3)
+    assert without["moe_share"] == ours["busy_ms"] == ours["mfu"] == ""
+    assert "tokens/s over those with PyTorch's grouped GEMM:" in capsys.readouterr().out
+    *_, of_ours, _, of_none = tables.tables_of(tmp_path)[0].markdown().splitlines()
+    assert of_ours.startswith(f"| triton | off | {ours['step_ms']} | ")
+    assert of_ours.endswith(f" |  | {float(ours['moe_share']):.0%} |")
+    assert of_none.startswith("| none | off |")
+
+
+def test_experts_that_differ_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PaddedExperts, "load_packed", lambda _self, _experts: None)
+    assert bench_train.main(["--quick", "--data", str(TEXT), "--out", str(tmp_path)]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_both_agree_in_bf16() -> None:
+    tokens = Tokens.load(TEXT, bench_train.QUICK_CONFIG.vocabulary)
+    config = dataclasses.replace(bench_train.QUICK_CONFIG, precision="bf16")
+    assert bench_train.agree(bench_train.contestants(config, tokens, torch.device("cpu")))
+
+
+def test_train_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT.read_text()[:12000])
+    names = []
+    for sizes in ([[4, 12]], [[2, 16], [2, 8]]):
+        changes = {"expert_sizes": sizes, "batch_size": 32, "learning_rate": 0.01}
+        names.append(tmp_path / f"{len(sizes)}_widths.json")
+        names[-1].write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), **changes}))
+    out = tmp_path / "out"
+    assert train_widths.main([*map(str, names), "--data", str(text), "--seeds", "0", "1", "--out", str(out)]) == 0
+    rows = rows_of(out / "train_widths.csv")
+    assert [(row["experiment"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in "01" for name in ("1_widths", "2_widths")
+    ]
+    for row in rows:
+        assert 1.9 < float(row["passes"]) <= 2
+        assert float(row["held_out_loss"]) < 5.5
+    assert len({row["held_out_loss"] for row in rows}) > 1
+    last = tables.tables_of(out)[0].markdown().splitlines()[-1]
+    assert last.startswith("| 2x16+2x8, top-2 | 1 | 0.0M / 0.0M | ")
+    assert f" | {rows[-1]['held_out_loss']} | " in last
+    plot = out / "train_widths.svg"
+    first = plot.read_text()
+    assert "4x12, top-2" in first
+    plot.unlink()
+    assert train_widths.main(["--draw", "--out", str(out)]) == 0
+    assert plot.read_text() == first
+    assert capsys.readouterr().out.endswith(f"{plot}\n")
+
+
+def test_too_little_text_for_a_step(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT.read_text()[:20000])
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), "batch_size": 10**5}))
+    with pytest.raises(ValueError, match=r"^data: expected 1600000 tokens in 2 passes, got fewer"):
+        train_widths.main([str(config), "--data", str(text), "--out", str(tmp_path)])
