@@ -84,10 +84,13 @@ class PaddedExperts(Experts):
         layout: ExpertLayout,
         hidden_size: int,
         activation: str,
+        bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         options: dict[str, str | bool],
     ) -> None:
+        if bias:
+            raise ValueError("bias: expected False, these experts have none, got True")
         self.layout, self.activation = layout, activation
         E, width, ups = layout.num_experts, layout.max_width, 2 if is_gated(activation) else 1
         self.w1 = nn.Parameter(torch.zeros(E, hidden_size, ups * width, device=device, dtype=dtype))
