@@ -118,7 +118,8 @@ class PaddedExperts(Experts):
         experts = partial(
             grouped_mm_mlp, w_up=self.w1.to(x.dtype), w_down=self.w2.to(x.dtype), activation=self.activation
         )
-        return through_experts(x, topk_weights.to(x.dtype), topk_ids, places, experts)
+        with torch.autocast(x.device.type, enabled=False):  # which would take the square of relu squared to fp32
+            return through_experts(x, topk_weights.to(x.dtype), topk_ids, places, experts)
 
 
 class PaddedMoEMLP(MoEMLP, PaddedExperts):
