@@ -199,4 +199,6 @@ def test_without_the_repository_there_is_a_sentence(
 def test_an_unknown_benchmark_is_refused() -> None:
     done = CliRunner().invoke(cli.app, ["bench", "nothing"], env={"COLUMNS": "400", "TERM": "dumb"})
     assert done.exit_code == 2
-    assert "name: expected one of accuracy, forward," in done.output
+    assert "name: expected one of accuracy, " in done.output
+    assert ", forward, " in done.output
+    assert "got 'nothing'" in done.output
