@@ -92,11 +92,14 @@ def load_pre(pre_ptrs, pitch, mask, GATED: tl.constexpr):
 
 @triton.jit
 def store_dpre(dpre_ptrs, pitch, mask, gate, up, act, dact, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """Gradient of a pre-activation tile from `dact`, that of its activation; `act` is act(gate)."""
+    """Gradient of a pre-activation tile from `dact`, that of its activation; `act` is act(gate). -> both its halves in
+    fp32, the second of which is nobody's without a gate."""
     element = dpre_ptrs.dtype.element_ty
-    tl.store(dpre_ptrs, (dact * up * act_bwd(gate, ACTIVATION)).to(element), mask=mask)
+    dgate, dup = dact * up * act_bwd(gate, ACTIVATION), dact * act
+    tl.store(dpre_ptrs, dgate.to(element), mask=mask)
     if GATED:
-        tl.store(dpre_ptrs + pitch, (dact * act).to(element), mask=mask)
+        tl.store(dpre_ptrs + pitch, dup.to(element), mask=mask)
+    return dgate, dup
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Gradients of the experts' biases: sums over the rows of an expert, and the routing weights' share of b2.
 
-b1 and b3 are summed from the gradient of the pre-activation, b2 from the rows of the output gradient. A program sums
-one tile of columns over all rows of its expert, in fp32 and in a fixed order.
+b1 and b3 are summed from the gradient of the pre-activation, over each row block where that is computed and not yet
+rounded, b2 from the rows of the output gradient. A program sums one tile of columns over all of its expert, in fp32 and
+in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import INTERPRETED, LayoutTables, cdiv, layout_tables, rows_contiguous
+from triton_moe.kernels.config import BLOCK_M, INTERPRETED, LayoutTables, cdiv, layout_tables, rows_contiguous
 from triton_moe.kernels.gather import launcher_over_hidden
 from triton_moe.kernels.launch import Launcher
-from triton_moe.kernels.tiles import expert_columns, ragged_start
-from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
+from triton_moe.kernels.tiles import expert_columns
+from triton_moe.layout import ExpertLayout, Routing
 
 _ROWS, _COLUMNS = (16, 16) if INTERPRETED else (64, 64)
 """Of the block that a program adds to its sums at once."""
+_BLOCKS = 16
+"""Row blocks that a program adds to its sums at once."""
 
 
 @triton.jit
@@ -32,31 +35,39 @@ def expert_rows(expert, row_offsets):
 
 
 @triton.jit
+def row_block_place(expert, row_offsets, BLOCK_M: tl.constexpr):
+    """Place of an expert's first row block among all (int64), of which some stay free: no two experts share one."""
+    return (tl.load(row_offsets + expert) // BLOCK_M + expert).to(tl.int64)
+
+
+@triton.jit
 def up_bias_bwd_kernel(
-    dpre, db, db_up, widths, offsets, row_offsets, ragged_offsets, expert_order, num_tiles_n,
-    PARTS: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr,
+    partial, db, db_up, widths, offsets, row_offsets, num_tiles_n, max_width,
+    PARTS: tl.constexpr, WIDTH_ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """db_e[i] = sum over the expert's rows of dpre[row, i], the second part's in db_up; either None if not needed."""
+    """db_e[i] = sum over the expert's row blocks of partial[block, 0, i], the second part's in db_up; either is None if
+    it is not needed."""
     tile_n = tl.program_id(0) % num_tiles_n
-    expert = tl.load(expert_order + tl.program_id(0) // num_tiles_n)
-    width, pitch, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
+    expert = tl.program_id(0) // num_tiles_n
+    width, _, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
     if tile_n * COLUMNS >= width:
         return
     _, count = expert_rows(expert, row_offsets)
     cols = tile_n * COLUMNS + tl.arange(0, COLUMNS)
     col_mask = cols < width
-    d_cols = ragged_start(dpre, expert, 0, pitch, ragged_offsets, PARTS, ALIGNMENT) + cols
+    sums = partial + row_block_place(expert, row_offsets, BLOCK_M) * (PARTS * max_width) + cols
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     total_up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, count, ROWS):
-        place = k + tl.arange(0, ROWS)
-        mask = (place < count)[:, None] & col_mask[None, :]
-        d_ptrs = d_cols[None, :] + place.to(tl.int64)[:, None] * (PARTS * pitch)
+    num_blocks = tl.cdiv(count, BLOCK_M)
+    for first in range(0, num_blocks, ROWS):
+        block = first + tl.arange(0, ROWS)
+        mask = (block < num_blocks)[:, None] & col_mask[None, :]
+        ptrs = sums[None, :] + block.to(tl.int64)[:, None] * (PARTS * max_width)
         if db is not None:
-            total += tl.load(d_ptrs, mask=mask, other=0).to(tl.float32)
+            total += tl.load(ptrs, mask=mask, other=0)
         if db_up is not None:
-            total_up += tl.load(d_ptrs + pitch, mask=mask, other=0).to(tl.float32)
+            total_up += tl.load(ptrs + max_width, mask=mask, other=0)
     if db is not None:
         tl.store(db + offset + cols, tl.sum(total, 0).to(db.dtype.element_ty), mask=col_mask)
     if db_up is not None:
@@ -104,7 +115,7 @@ def bias_dweights_kernel(
 def _up_launcher(layout: ExpertLayout, device: torch.device, parts: int) -> tuple[Launcher, LayoutTables]:
     tables = layout_tables(layout, device)
     launch = Launcher(
-        up_bias_bwd_kernel, PARTS=parts, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT, ROWS=_ROWS,
+        up_bias_bwd_kernel, PARTS=parts, WIDTH_ALIGN=tables.width_align, BLOCK_M=BLOCK_M, ROWS=_BLOCKS,
         COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
     return launch, tables
@@ -116,19 +127,26 @@ def _down_launcher(top_k: int) -> Launcher:
     return Launcher(down_bias_bwd_kernel, **options)
 
 
-def up_bias_bwd(
-    dpre: Tensor, routing: Routing, parts: int, need: bool, need_up: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient of the pre-activation (ragged, `parts` parts) -> those of b1 and b3 `(S)`, as far as they are needed."""
-    if not need and not need_up:
-        return None, None
+def up_bias_partials(routing: Routing, parts: int) -> Tensor:
+    """Room for what `grouped_gemm_dh` sums of the pre-activation's gradient before it is rounded: fp32,
+    `(blocks, parts, max width)`, a sum over each row block."""
     layout = routing.layout
-    db, db_up = (dpre.new_empty(layout.total_width) if needed else None for needed in (need, need_up))
-    launch, tables = _up_launcher(layout, dpre.device, parts)
+    blocks = routing.num_rows // BLOCK_M + layout.num_experts
+    return torch.empty(blocks * parts * layout.max_width, dtype=torch.float32, device=routing.topk_ids.device)
+
+
+def up_bias_bwd(
+    partial: Tensor, routing: Routing, parts: int, dtype: torch.dtype, need: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sums of the pre-activation's gradient (`up_bias_partials`) -> gradients of b1 and b3 `(S)`, as far as they are
+    needed, of `dtype`."""
+    layout = routing.layout
+    db, db_up = (partial.new_empty(layout.total_width, dtype=dtype) if needed else None for needed in (need, need_up))
+    launch, tables = _up_launcher(layout, partial.device, parts)
     num_tiles_n = cdiv(layout.max_width, _COLUMNS)
     launch(
-        (layout.num_experts * num_tiles_n,), dpre, db, db_up, tables.widths, tables.offsets, routing.row_offsets,
-        routing.ragged_offsets, routing.expert_order, num_tiles_n,
+        (layout.num_experts * num_tiles_n,), partial, db, db_up, tables.widths, tables.offsets, routing.row_offsets,
+        num_tiles_n, layout.max_width,
     )  # fmt: skip
     return db, db_up
 

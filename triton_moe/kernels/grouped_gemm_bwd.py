@@ -18,7 +18,7 @@ from torch import Tensor
 
 from triton_moe.activations import GATE_ACTIVATION, is_gated
 from triton_moe.kernels.activation import act_fwd, load_pre, store_dpre
-from triton_moe.kernels.bias import bias_dweights
+from triton_moe.kernels.bias import bias_dweights, row_block_place
 from triton_moe.kernels.config import (
     BLOCK_M,
     LayoutTables,
@@ -38,8 +38,8 @@ from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
 @triton.jit
 def grouped_gemm_dh_kernel(
-    dout, w2, pre, topk_weights, dpre, act_weighted, dweights_partial, H, stride_dt, stride_ws, stride_wh,
-    widths, offsets, row_to_slot, row_offsets, ragged_offsets, row_blocks, num_tiles_n,
+    dout, w2, pre, topk_weights, dpre, act_weighted, dweights_partial, dbias_partial, H, stride_dt, stride_ws,
+    stride_wh, widths, offsets, row_to_slot, row_offsets, ragged_offsets, row_blocks, num_tiles_n, max_width,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -79,7 +79,13 @@ def grouped_gemm_dh_kernel(
         mask=mask,
     )
     dpre_ptrs = ragged_start(dpre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT) + inner
-    store_dpre(dpre_ptrs, pitch, mask, gate, up, act, weight * dact, ACTIVATION, GATED)
+    dgate, dup = store_dpre(dpre_ptrs, pitch, mask, gate, up, act, weight * dact, ACTIVATION, GATED)
+    if dbias_partial is not None:
+        place = row_block_place(expert, row_offsets, BLOCK_M) + tl.load(entry + 1)
+        sums = dbias_partial + place * (PARTS * max_width) + cols
+        tl.store(sums, tl.sum(tl.where(exists[:, None], dgate, 0.0), 0), mask=col_mask)
+        if GATED:
+            tl.store(sums + max_width, tl.sum(tl.where(exists[:, None], dup, 0.0), 0), mask=col_mask)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -174,16 +180,17 @@ def _sum_launcher(block_n: int) -> Launcher:
 
 def grouped_gemm_dh(
     dout: Tensor, w2: Tensor, pre: Tensor, topk_weights: Tensor, routing: Routing, activation: str, dpre: Tensor,
-    b2: Tensor | None = None,
+    b2: Tensor | None = None, dbias_partial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`dout (T, H)`, `w2 (S, H)`, pre-activation (ragged), `topk_weights (T, K)` -> three gradients.
 
     That of the pre-activation goes to `dpre` (ragged, as `pre`, which it may be). Returns the weighted activation
-    (ragged, one part) and the gradient of the routing weights `(T, K)` in their dtype, to which `b2 (E, H)` adds.
+    (ragged, one part) and the gradient of the routing weights `(T, K)` in their dtype, to which `b2 (E, H)` adds. Fills
+    `dbias_partial` (`bias.up_bias_partials`), for which there is no Hopper kernel.
     """
     dout, hidden_size, num_slots = rows_contiguous(dout), dout.shape[1], routing.num_rows
     topk_weights = topk_weights.contiguous()
-    if hopper.takes(routing, w2):
+    if dbias_partial is None and hopper.takes(routing, w2):
         launch, tables, block_n = None, layout_tables(routing.layout, pre.device), hopper.BLOCK_N
     else:
         launch, tables, block_n = _dh_launcher(
@@ -200,8 +207,9 @@ def grouped_gemm_dh(
     else:
         launch(
             (routing.num_row_blocks * num_tiles_n,), dout, w2, pre, topk_weights, dpre, act_weighted,
-            partial, hidden_size, dout.stride(0), *w2.stride(), tables.widths, tables.offsets, routing.row_to_slot,
-            routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
+            partial, dbias_partial, hidden_size, dout.stride(0), *w2.stride(), tables.widths, tables.offsets,
+            routing.row_to_slot, routing.row_offsets, routing.ragged_offsets, routing.row_blocks, num_tiles_n,
+            routing.layout.max_width,
         )  # fmt: skip
     of_bias = None if b2 is None else bias_dweights(dout, b2, routing)
     _sum_launcher(block_n)(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triton_moe.kernels.bias import down_bias_bwd, up_bias_bwd
+from triton_moe.kernels.bias import down_bias_bwd, up_bias_bwd, up_bias_partials
 from triton_moe.kernels.decode import is_few, route_few
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
@@ -111,7 +111,8 @@ def _backward_impl(
     need_x, _, need_w1, need_w2, need_w3, need_b1, need_b2, need_b3 = needs
     consume_pre |= not keep_pre
     dpre = pre if consume_pre and _is_largest(pre, x, w1, w2, w3, routing) else torch.empty_like(pre)
-    act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre, b2)
+    partials = up_bias_partials(routing, _parts(w3)) if need_b1 or need_b3 else None
+    act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre, b2, partials)
     if consume_pre and dpre is not pre:
         pre.untyped_storage().resize_(0)
     dw2 = None
@@ -119,7 +120,9 @@ def _backward_impl(
         dw2 = torch.empty_like(w2)
         grouped_gemm_dw(dout, act_weighted, dw2.t(), None, routing)
     del act_weighted
-    db1, db3 = up_bias_bwd(dpre, routing, _parts(w3), need_b1, need_b3)
+    db1 = db3 = None
+    if partials is not None:
+        db1, db3 = up_bias_bwd(partials, routing, _parts(w3), x.dtype, need_b1, need_b3)
     db2 = down_bias_bwd(dout, topk_weights, routing) if need_b2 else None
     dx, dw1, dw3 = up_backward(dpre, x, w1, w3, routing, need_x, need_w1 or need_w3, consume=True)
     grads = (dx, dweights, dw1, dw2, dw3, db1, db2, db3)
