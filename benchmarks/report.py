@@ -1,4 +1,4 @@
-"""Write what the rows in `results/` say: the measured parts of the README and of docs/gradients.md, and one HTML page.
+"""Write what the rows in `results/` say: the measured parts of the documents, and one HTML page.
 
     python benchmarks/report.py
 
@@ -15,12 +15,13 @@ from pathlib import Path
 
 from page import page
 from results import ROOT
-from tables import RESULTS, Table, gradients_of, tables_of
+from tables import RESULTS, Table, gradients_of, guide_of, tables_of
 
 BEGIN, END = "<!-- measured: written by benchmarks/report.py -->", "<!-- end of measured -->"
 DOCUMENTS: dict[Path, Callable[[Path], list[Table]]] = {
     ROOT / "README.md": tables_of,
     ROOT / "docs" / "gradients.md": gradients_of,
+    ROOT / "IMPLEMENTATION_GUIDE.md": guide_of,
 }
 
 

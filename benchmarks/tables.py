@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cases import CASES, GROUPS
+from cases import CASES, GROUPS, BenchCase
 from results import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -303,3 +303,70 @@ def gradients_of(folder: Path) -> list[Table]:
         caption = f"{dtype} ({machines(rows)}; `benchmarks/results/gradients.csv`), cosine similarity / relative error:"
         tables.append(Table(caption, ("case", "layer", "dw1", "dw2"), body))
     return tables
+
+
+OPERANDS_FLOPS_A_BYTE = 128 * 256 / (128 + 256)
+"""Of a Hopper tile of 128 x 256: so many operations for each byte of its operands, in 16 bits."""
+
+
+def epilogue_bytes(case: BenchCase) -> dict[str, int]:
+    """What the kernels' epilogues read and write, of a gated layer in 16 bits, all experts equally wide."""
+    H, layout, rows = case.config.hidden_size, case.config.layout, case.num_tokens * case.config.num_active_experts
+    inner, weights = rows * layout.max_width, H * layout.total_width
+    elements = {"up": 3 * inner, "down": rows * H, "dh": 5 * inner, "dw1": 2 * weights, "dw2": weights, "dx": rows * H}
+    return {kernel: 2 * number for kernel, number in elements.items()}
+
+
+def kernels(rows: Rows) -> Table:
+    """A line a kernel of one case."""
+    case = CASES["128x256_top8"]
+    used = newest([row for row in rows if row["case"] == case.name])
+    moved, cells = epilogue_bytes(case), {}
+    for row in used:
+        operands = float(row["tflops"] or 0) / OPERANDS_FLOPS_A_BYTE
+        all_of_it = operands + moved.get(row["kernel"], 0) / float(row["ms"]) / 1e9
+        rates = (f"{float(row['tflops']):.0f}", f"{operands:.1f}", f"{all_of_it:.1f}") if row["tflops"] else ("",) * 3
+        cells[row["kernel"], row["backend"]] = row["ms"], *rates
+    caption = (
+        f"Each kernel by itself, {case.name}, SwiGLU, bf16, and the TB/s that a Hopper kernel's rate asks of L2, for "
+        f"operand tiles, and with what its epilogue reads and writes ({machines(used)}; cuBLAS 8192^3 ran at "
+        f"{used[-1]['cublas_8192_tflops']} TFLOP/s, a copy on the device at {used[-1]['copy_TBps']} TB/s; "
+        f"`benchmarks/results/bench_kernels.csv`)."
+    )
+    body = [
+        [kernel, *cells.get((kernel, "triton"), [""] * 4)[:2], *cells.get((kernel, "hopper"), [""] * 4)]
+        for kernel in dict.fromkeys(row["kernel"] for row in used)
+    ]
+    header = ("kernel", "portable, ms", "TFLOP/s", "Hopper, ms", "TFLOP/s", "operands, TB/s", "all, TB/s")
+    return Table(caption, header, body)
+
+
+def orders(rows: Rows) -> Table:
+    """A line a kernel whose tiles ran in two orders."""
+    used = newest(rows)
+    spans = {(row["kernel"], row["order"]): row["span_us"] for row in used}
+    caption = (
+        f"The portable kernels of {used[0]['case']}, widths shuffled, from the first program's start to the last "
+        f"one's end, in us ({machines(used)}; `benchmarks/results/busy_time.csv`)."
+    )
+    names = dict.fromkeys(row["kernel"] for row in used)
+    body = [[name, *(spans[name, order] for order in ("by expert", "heaviest first"))] for name in names]
+    return Table(caption, ("kernel", "experts in their order", "heaviest first"), body)
+
+
+def memory(rows: Rows) -> Table:
+    """A line a contestant of one case."""
+    (used,) = newest_of_each_case([row for row in rows if row["case"] == "128x256_top8"], (OURS, *RIVALS))
+    caption = (
+        f"What is kept for backward and the peak of a step, in MiB, for T, H, sizes, K, activation {shape(used[0])} "
+        f"({machines(used)}; `benchmarks/results/bench_moe.csv`)."
+    )
+    names = {OURS: "this project", **RIVALS}
+    body = [[names[row["contestant"]], row["saved_MiB"], row["peak_MiB"]] for row in used]
+    return Table(caption, ("", "kept", "peak"), body)
+
+
+def guide_of(folder: Path) -> list[Table]:
+    """What IMPLEMENTATION_GUIDE.md refers to."""
+    sections = (("bench_kernels.csv", kernels), ("busy_time.csv", orders), ("bench_moe.csv", memory))
+    return [section(rows_of(folder / name)) for name, section in sections]
