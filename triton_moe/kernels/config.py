@@ -89,7 +89,18 @@ def on_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch
             "the layout's tables are not on the device yet: call the layer once before a CUDA graph is captured"
         )
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: [torch.tensor(row, dtype=dtype).to(device) for row in rows]).result()
+        tables = thread.submit(lambda: [torch.tensor(row, dtype=dtype).to(device) for row in rows]).result()
+    _tables.update((table.data_ptr(), table) for table in tables)
+    return tables
+
+
+_tables: dict[int, Tensor] = {}
+"""By address, kept for good."""
+
+
+def is_table(address: int) -> bool:
+    """Whether a table of constants begins there."""
+    return address in _tables
 
 
 def cdiv(numerator: int, denominator: int) -> int:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -15,6 +20,45 @@ _MAX_COMPILED = 1024
 _HOOKS = triton.knobs.runtime
 _ONES = ((1, 1, 1), (1, 1), (1,), ())
 """What a grid of so many dimensions lacks of three."""
+
+
+def is_hooked() -> bool:
+    """Whether a profiler hooks into Triton's launches, which then all take Triton's way."""
+    return bool(_HOOKS.launch_enter_hook.calls or _HOOKS.launch_exit_hook.calls)
+
+
+def current_stream(device: int) -> int:
+    return driver.active.get_current_stream(device)
+
+
+class Launch(NamedTuple):
+    """A launch, to be made again with other addresses: `run(*arguments)`."""
+
+    run: Callable[..., Any]
+    arguments: list
+    """Three of the grid, the stream (at `STREAM`), what Triton wants, then the kernel's."""
+    pointers: list[int]
+    """Places of addresses among the arguments."""
+    descriptors: list[int]
+    """Places of TMA descriptors."""
+
+
+STREAM = 3
+_FIRST = 9
+"""Place of a launch's first argument of the kernel."""
+
+
+class Watcher(Protocol):
+    def launched(self, launch: Launch | None) -> None:
+        """A kernel was launched so; None: in a way that cannot be repeated."""
+
+
+class _Watching(threading.local):
+    by: Watcher | None = None
+
+
+watching = _Watching()
+"""Who sees this thread's launches."""
 
 
 class Piece:
@@ -31,6 +75,9 @@ class Piece:
 
     def __getitem__(self, place: int) -> Tensor:
         return self.view()[place]
+
+
+Argument = Tensor | Piece | TensorDescriptor | int | None
 
 
 class Launcher:
@@ -52,19 +99,39 @@ class Launcher:
         """Places of the arguments that are no integers, known from the first launch."""
         self._compiled: dict[tuple, tuple] = {}
 
-    def __call__(self, grid: tuple[int, ...], *args: Tensor | Piece | TensorDescriptor | int | None) -> None:
+    def __call__(self, grid: tuple[int, ...], *args: Argument) -> None:
         if 0 in grid:
             return
         device = args[0].get_device()  # type: ignore[union-attr]
-        if device < 0:  # interpreted
-            self._launch_slowly(grid, args)
-        elif device == torch._C._cuda_getDevice():  # there is a tensor, so CUDA needs no initialising
-            self._launch(grid, device, args)
-        else:
-            with torch.cuda.device(device):
+        watcher, watching.by = watching.by, None  # what PyTorch does in a launch is not the caller's doing
+        try:
+            if device < 0:  # interpreted
+                self._launch_slowly(grid, args)
+            elif device == torch._C._cuda_getDevice():  # there is a tensor, so CUDA needs no initialising
                 self._launch(grid, device, args)
+            else:
+                with torch.cuda.device(device):
+                    self._launch(grid, device, args)
+        finally:
+            watching.by = watcher
+        if watcher is not None:
+            watcher.launched(self._again(grid, device, args))
 
     def _launch(self, grid: tuple[int, ...], device: int, args: tuple) -> None:
+        values, key = self._values_and_key(device, args)
+        known = None if key is None else self._compiled.get(key)
+        if known is None or is_hooked():
+            compiled = self._launch_slowly(grid, args)
+            if key is not None:
+                self._remember(key, compiled, len(args))
+            return
+        run, function, metadata, constexprs = known
+        stream = current_stream(device)
+        run(*grid, *_ONES[len(grid)], stream, function, metadata, None, None, None, *values, *constexprs)
+
+    def _values_and_key(self, device: int, args: tuple) -> tuple[list, tuple | None]:
+        """-> what Triton's C function takes for the arguments, and what they ask of a compiled kernel, None if that is
+        not aligned."""
         if self._pointers is None:
             self._pointers = [i for i, arg in enumerate(args) if arg.__class__ is not int]
         values, key, addresses = list(args), [*args, device], 0
@@ -81,16 +148,7 @@ class Launcher:
         for i in self._unspecialized:  # an int32 compiles to the same whatever it is
             if values[i] < 2**31:
                 key[i] = int
-        aligned = addresses % 16 == 0
-        known = self._compiled.get(tuple(key)) if aligned else None
-        if known is None or _HOOKS.launch_enter_hook.calls or _HOOKS.launch_exit_hook.calls:
-            compiled = self._launch_slowly(grid, args)
-            if aligned:
-                self._remember(tuple(key), compiled, len(args))
-            return
-        run, function, metadata, constexprs = known
-        stream = driver.active.get_current_stream(device)
-        run(*grid, *_ONES[len(grid)], stream, function, metadata, None, None, None, *values, *constexprs)
+        return values, None if addresses % 16 else tuple(key)
 
     def _launch_slowly(self, grid: tuple[int, ...], args: tuple) -> Any:
         """Triton's way. -> the compiled kernel."""
@@ -101,3 +159,46 @@ class Launcher:
             self._compiled.clear()
         constexprs = [self.options[name] for name in self.kernel.arg_names[num_args:]]
         self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constexprs
+
+    def _again(self, grid: tuple[int, ...], device: int, args: tuple) -> Launch | None:
+        """The launch just made, or None if only Triton's way can make it."""
+        values, key = self._values_and_key(device, args)
+        if device < 0:
+            dtypes = [None if arg is None or arg.__class__ is int else arg.dtype for arg in args]
+            run, function, metadata, constexprs = functools.partial(self._interpret, dtypes), None, None, ()
+        else:
+            known = None if key is None else self._compiled.get(key)
+            if known is None:
+                return None
+            run, function, metadata, constexprs = known
+        head = [*grid, *_ONES[len(grid)], None, function, metadata, None, None, None]
+        kinds = [arg.__class__ for arg in args]
+        return Launch(
+            run,
+            [*head, *values, *constexprs],
+            [i for i, kind in enumerate(kinds, _FIRST) if kind not in (int, type(None), TensorDescriptor)],
+            [i for i, kind in enumerate(kinds, _FIRST) if kind is TensorDescriptor],
+        )
+
+    def _interpret(self, dtypes: list[torch.dtype | None], *arguments: Any) -> None:
+        """A `Launch.run` for the interpreter. `dtypes`: of what the kernel's arguments point to."""
+        given = [
+            value if dtype is None else _element_at(value, dtype)
+            for dtype, value in zip(dtypes, arguments[_FIRST:], strict=True)
+        ]
+        self._launch_slowly(arguments[:STREAM], tuple(given))
+
+
+def moved(descriptor: TensorDescriptor, base: Tensor | None) -> TensorDescriptor:
+    """The descriptor of another tensor like its own."""
+    other = copy.copy(descriptor)
+    other.base = base
+    return other
+
+
+def _element_at(address: int, dtype: torch.dtype) -> Tensor:
+    """A tensor at an address of the CPU's memory, of which kernels only take that and the dtype."""
+    if not address:
+        return torch.empty(0, dtype=dtype)
+    memory = (ctypes.c_char * dtype.itemsize).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)

@@ -8,7 +8,6 @@ the scores computed anew. Formulas and letters are those of `router.py` and `los
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from triton_moe.kernels.config import cdiv, on_device
 from triton_moe.kernels.launch import Launcher
+from triton_moe.kernels.replay import replayed
 from triton_moe.layout import ExpertLayout
 
 _TILE = 2048
@@ -122,11 +122,11 @@ def router_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_programs", "num_tokens"])
 def router_finish_kernel(
-    partials, balance_scale, compute_scale, f, z_loss, load_balance_loss, compute_loss, summary, num_programs,
-    num_tokens, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, AUX: tl.constexpr,
-    ROWS: tl.constexpr,
+    partials, balance_scale, compute_scale, f, load, z_loss, load_balance_loss, compute_loss, logits_abs_max,
+    logits_mean, num_programs, num_tokens, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    AUX: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """f (E), three losses, the summary (E + 2): f in fp32, largest |logit|, mean logit. All but f are 0 unless AUX."""
+    """f (E), the same in fp32, three losses, the logits' statistics. All but the first two are 0 unless AUX."""
     experts = tl.arange(0, EXPERTS)
     real = experts < NUM_EXPERTS
     counts = tl.zeros([ROWS, EXPERTS], tl.float32)  # summed over rows at the end: that takes a barrier
@@ -147,19 +147,19 @@ def router_finish_kernel(
     tokens = tl.maximum(num_tokens, 1).to(tl.float32)
     fraction = tl.sum(counts, 0) / (tokens * TOP_K)
     tl.store(f + experts, fraction.to(f.dtype.element_ty), mask=real)
-    tl.store(summary + experts, fraction, mask=real)
+    tl.store(load + experts, fraction, mask=real)
     p = tl.sum(probs_sum, 0) / tokens
     mean_logit = tl.sum(logits_sum) / (tokens * NUM_EXPERTS)
     tl.store(z_loss, tl.sum(squares) / tokens)
     tl.store(load_balance_loss, tl.sum(tl.load(balance_scale + experts, mask=real, other=0) * fraction * p))
     tl.store(compute_loss, tl.sum(tl.load(compute_scale + experts, mask=real, other=0) * p))
-    tl.store(summary + NUM_EXPERTS, tl.where(mean_logit == mean_logit, tl.max(largest), mean_logit))
-    tl.store(summary + NUM_EXPERTS + 1, mean_logit)
+    tl.store(logits_abs_max, tl.where(mean_logit == mean_logit, tl.max(largest), mean_logit))
+    tl.store(logits_mean, mean_logit)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "span"])
 def router_bwd_kernel(
-    logits, topk_ids, dweights, dz_loss, dbalance, dcompute, balance_scale, compute_scale, summary, dlogits, num_tokens,
+    logits, topk_ids, dweights, dz_loss, dbalance, dcompute, balance_scale, compute_scale, load, dlogits, num_tokens,
     span, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr,
     NORMALIZE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +168,7 @@ def router_bwd_kernel(
     real = experts < NUM_EXPERTS
     dprobs_all = tl.zeros([EXPERTS], tl.float32)
     if dbalance is not None:
-        f = tl.load(summary + experts, mask=real, other=0)
+        f = tl.load(load + experts, mask=real, other=0)
         scale = tl.load(balance_scale + experts, mask=real, other=0) * f
         dprobs_all += tl.load(dbalance).to(tl.float32) / num_tokens * scale
     if dcompute is not None:
@@ -268,12 +268,12 @@ def _spans(num_tokens: int, tokens: int) -> tuple[int, int]:
     return cdiv(num_tokens, span), span
 
 
-def router_fwd(
-    logits: Tensor, bias: Tensor | None, dtype: torch.dtype, options: RouterOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`logits (T, E)` fp32, bias `(E)` or None -> weights `(T, K)`, ids `(T, K)` int32, f `(E)`, three losses, summary.
+@replayed
+def router_fwd(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, options: RouterOptions) -> tuple[Tensor, ...]:
+    """`logits (T, E)` fp32, bias `(E)` or None -> weights `(T, K)`, ids `(T, K)` int32, f `(E)`, that in fp32, three
+    losses, the largest absolute logit, the mean logit.
 
-    Weights and f are of `dtype`. The summary is fp32 `(E + 2)`: f, the largest absolute logit, the mean logit.
+    Weights and f are of `dtype`.
     """
     (num_tokens, num_experts), top_k, device = logits.shape, options.num_active_experts, logits.device
     launchers = _launchers(*options, device)
@@ -282,19 +282,20 @@ def router_fwd(
     topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     partials = logits.new_empty(num_programs * (2 * launchers.experts + 4))
     f = torch.empty(num_experts, dtype=dtype, device=device)
-    losses = logits.new_empty(()), logits.new_empty(()), logits.new_empty(())
-    summary = logits.new_empty(num_experts + 2)
+    load = logits.new_empty(num_experts)
+    scalars = tuple(logits.new_empty(()) for _ in range(5))
     bias = None if bias is None else bias.contiguous()
     launchers.forward((num_programs,), logits, bias, topk_weights, topk_ids, partials, num_tokens, span)
     launchers.finish(
-        (1,), partials, launchers.balance_scale, launchers.compute_scale, f, *losses, summary, num_programs, num_tokens
+        (1,), partials, launchers.balance_scale, launchers.compute_scale, f, load, *scalars, num_programs, num_tokens
     )
-    return topk_weights, topk_ids, f, *losses, summary
+    return topk_weights, topk_ids, f, load, *scalars
 
 
+@replayed
 def router_bwd(
-    logits: Tensor, topk_ids: Tensor, summary: Tensor, dweights: Tensor | None, dlosses: Sequence[Tensor | None],
-    dtype: torch.dtype, options: RouterOptions,
+    logits: Tensor, topk_ids: Tensor, load: Tensor, dweights: Tensor | None, dz_loss: Tensor | None,
+    dbalance: Tensor | None, dcompute: Tensor | None, dtype: torch.dtype, options: RouterOptions,
 ) -> Tensor:  # fmt: skip
     """-> gradient of the logits `(T, E)` in `dtype`, from those of the weights `(T, K)` and of the three losses."""
     num_tokens = logits.shape[0]
@@ -303,7 +304,7 @@ def router_bwd(
     dlogits = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     dweights = None if dweights is None else dweights.contiguous()
     launchers.backward(
-        (num_programs,), logits, topk_ids, dweights, *dlosses, launchers.balance_scale, launchers.compute_scale,
-        summary, dlogits, num_tokens, span,
+        (num_programs,), logits, topk_ids, dweights, dz_loss, dbalance, dcompute, launchers.balance_scale,
+        launchers.compute_scale, load, dlogits, num_tokens, span,
     )  # fmt: skip
     return dlogits

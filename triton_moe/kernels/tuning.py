@@ -70,18 +70,23 @@ def tuned(kernel: str, capability: tuple[int, int], kind: type[Config]) -> Confi
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_launchers: list[Any] = []
+_made_of_it: list[Callable[[], None]] = []
+
+
+def forget_when_configured(forget: Callable[[], None]) -> None:
+    """Have `forget` called when a configuration is changed."""
+    _made_of_it.append(forget)
 
 
 def cached_launcher(function: Function) -> Function:
     """Remember what a function makes of a configuration, until that is changed."""
     cached = functools.lru_cache(maxsize=256)(function)
-    _launchers.append(cached)
+    forget_when_configured(cached.cache_clear)
     return cached  # type: ignore[return-value]
 
 
 def configure(kernel: str, capability: tuple[int, int], config: TileConfig | PipelineConfig) -> None:
     """From now on, in this process, run a kernel so. For the search."""
     table()[f"{capability[0]}.{capability[1]}", kernel] = config
-    for cached in _launchers:
-        cached.cache_clear()
+    for forget in _made_of_it:
+        forget()

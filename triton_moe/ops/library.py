@@ -45,11 +45,11 @@ class Operator:
         definition = torch.library.custom_op(f"triton_moe::{name}", forward, mutates_args=(), schema=parenthesis + rest)
         definition.register_fake(fake)
         self.forward = forward
-        self.function: Any = None
+        self.apply: Callable[..., Any] | None = None
         if backward is not None:
             backward = first_order(backward)
             definition.register_autograd(backward, setup_context=setup_context)
-            self.function = _eager_function(name, forward, setup_context, backward)
+            self.apply = _eager_function(name, forward, setup_context, backward)
         self.overload = getattr(torch.ops.triton_moe, name).default
 
     def __call__(self, *arguments: Any, **eager_options: Any) -> Any:
@@ -63,11 +63,11 @@ class Operator:
         ):
             return self.overload(*arguments)
         if (
-            self.function is not None
+            self.apply is not None
             and torch.is_grad_enabled()
             and any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
         ):
-            return self.function.apply(*arguments)
+            return self.apply(*arguments)
         return self.forward(*arguments, **eager_options)
 
 
@@ -78,9 +78,9 @@ def is_eager(ctx: Any) -> bool:
 
 def _eager_function(
     name: str, forward: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
-) -> Any:
-    """An autograd function of the three. With a `setup_context` of its own PyTorch would inspect signatures at every
-    call."""
+) -> Callable[..., Any]:
+    """-> `apply` of an autograd function of the three. With a `setup_context` of its own PyTorch would inspect
+    signatures at every call, and its own `apply` looks at each argument for what only functorch leaves there."""
 
     def forward_and_save(ctx: Any, *arguments: Any) -> Any:
         output = forward(*arguments)
@@ -90,4 +90,10 @@ def _eager_function(
         return output
 
     members = {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), members)
+    function: Any = type(name, (torch.autograd.Function,), members)
+    apply_plain: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*arguments: Any) -> Any:
+        return (function.apply if torch._C._are_functorch_transforms_active() else apply_plain)(*arguments)
+
+    return apply

@@ -11,6 +11,7 @@ from triton_moe.kernels.bias import down_bias_bwd, up_bias_bwd, up_bias_partials
 from triton_moe.kernels.decode import is_few, route_few
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
+from triton_moe.kernels.replay import give_back, replayed
 from triton_moe.kernels.route import packed_numel, route, unpack
 from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import ExpertLayout, Routing, ragged_numel
@@ -34,6 +35,7 @@ def _output(
     return scatter_fwd(y, topk_weights, routing)
 
 
+@replayed
 def _inference(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
     b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, backend: str,
@@ -53,6 +55,7 @@ _moe_mlp_inference = Operator(
 )
 
 
+@replayed
 def _forward(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
     b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
@@ -93,6 +96,7 @@ def _is_largest(pre: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | Non
     return behind_pre > routing.num_rows * x.shape[1] + _parts(w3) * w1.numel() + w2.numel()
 
 
+@replayed
 def _backward_impl(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
     b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, pre: Tensor, packed: Tensor, needs: Sequence[bool],
@@ -114,7 +118,7 @@ def _backward_impl(
     partials = up_bias_partials(routing, _parts(w3)) if need_b1 or need_b3 else None
     act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre, b2, partials)
     if consume_pre and dpre is not pre:
-        pre.untyped_storage().resize_(0)
+        give_back(pre)
     dw2 = None
     if need_w2:
         dw2 = torch.empty_like(w2)

@@ -36,7 +36,7 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
 ) -> tuple[Tensor, ...]:
-    """-> weights, ids, f, three losses, summary (see `router_fwd`), logits."""
+    """-> what `router_fwd` returns, and the logits."""
     logits = _logits(x, weight)
     return *router_fwd(logits, bias, x.dtype, _options(tuple(widths), num_active_experts, *flags)), logits
 
@@ -49,14 +49,14 @@ def _forward_fake(
         x.new_empty(num_tokens, num_active_experts),
         x.new_empty(num_tokens, num_active_experts, dtype=torch.int32),
         x.new_empty(num_experts),
-        *(x.new_empty((), dtype=fp32) for _ in range(3)),
-        x.new_empty(num_experts + 2, dtype=fp32),
+        x.new_empty(num_experts, dtype=fp32),
+        *(x.new_empty((), dtype=fp32) for _ in range(5)),
         x.new_empty(num_tokens, num_experts, dtype=fp32),
     )
 
 
 def _backward_impl(
-    x: Tensor, weight: Tensor, topk_ids: Tensor, summary: Tensor, logits: Tensor, dweights: Tensor | None,
+    x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, logits: Tensor, dweights: Tensor | None,
     dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, needs: Sequence[bool],
     widths: Sequence[int], num_active_experts: int, *flags: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -64,7 +64,7 @@ def _backward_impl(
     options = _options(tuple(widths), num_active_experts, *flags)
     # The losses' share of a logit's gradient goes like 1 / T, and float16 would lose it.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    dlogits = router_bwd(logits, topk_ids, summary, dweights, (dz_loss, dbalance, dcompute), dtype, options)
+    dlogits = router_bwd(logits, topk_ids, load, dweights, dz_loss, dbalance, dcompute, dtype, options)
     need_x, need_weight = needs
     grads = [torch.mm(dlogits, weight.to(dtype)).to(x.dtype)] if need_x else []
     return [*grads, torch.mm(dlogits.t(), x.to(dtype)).to(weight.dtype)] if need_weight else grads
@@ -76,7 +76,7 @@ def _backward_fake(x: Tensor, weight: Tensor, *rest) -> list[Tensor]:
 
 
 _route_tokens_backward = Operator(
-    "route_tokens_backward(Tensor x, Tensor weight, Tensor topk_ids, Tensor summary, Tensor logits, Tensor? dweights, "
+    "route_tokens_backward(Tensor x, Tensor weight, Tensor topk_ids, Tensor load, Tensor logits, Tensor? dweights, "
     f"Tensor? dz_loss, Tensor? dbalance, Tensor? dcompute, bool[] needs, {_OPTIONS}) -> Tensor[]",
     _backward_impl,
     _backward_fake,
@@ -85,13 +85,13 @@ _route_tokens_backward = Operator(
 
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, _, *ctx.options = inputs
-    _, topk_ids, f, *_, summary, logits = output
+    _, topk_ids, f, load, _, _, _, logits_abs_max, logits_mean, logits = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(topk_ids, f, summary, logits)
-    ctx.save_for_backward(x, weight, topk_ids, summary, logits)
+    ctx.mark_non_differentiable(topk_ids, f, load, logits_abs_max, logits_mean, logits)
+    ctx.save_for_backward(x, weight, topk_ids, load, logits)
 
 
-def _backward(ctx, dweights, _dids, _df, dz_loss, dbalance, dcompute, _dsummary, _dlogits):
+def _backward(ctx, dweights, _dids, _df, _dload, dz_loss, dbalance, dcompute, *_):
     needs, aux_losses = ctx.needs_input_grad[:2], ctx.options[-1]
     dlosses = (dz_loss, dbalance, dcompute) if aux_losses else (None,) * 3
     grads = iter(_route_tokens_backward(*ctx.saved_tensors, dweights, *dlosses, needs, *ctx.options))
@@ -100,7 +100,7 @@ def _backward(ctx, dweights, _dids, _df, dz_loss, dbalance, dcompute, _dsummary,
 
 _route_tokens = Operator(
     f"route_tokens(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _setup_context,
@@ -113,7 +113,8 @@ def route_tokens(
     normalize_weights: bool, aux_losses: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`triton_moe.router.route_tokens` on checked arguments: the fields of its result."""
-    weights, ids, f, *losses, summary, _ = _route_tokens(
-        x, weight, bias, layout.widths, num_active_experts, router == "softmax", normalize_weights, aux_losses
+    softmax = router == "softmax"
+    *routed, _ = _route_tokens(
+        x, weight, bias, layout.widths, num_active_experts, softmax, normalize_weights, aux_losses
     )
-    return weights, ids, f, summary[:-2], *losses, summary[-2], summary[-1]
+    return tuple(routed)

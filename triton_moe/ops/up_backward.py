@@ -7,6 +7,7 @@ from torch import Tensor
 
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dw
+from triton_moe.kernels.replay import give_back
 from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import Routing
 
@@ -28,6 +29,6 @@ def up_backward(
         dx_rows = x.new_empty(routing.num_rows, x.shape[1])
         grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)
         if consume:
-            dpre.untyped_storage().resize_(0)
+            give_back(dpre)
         dx = scatter_fwd(dx_rows, None, routing)
     return dx, dw1, dw3

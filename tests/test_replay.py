@@ -1,0 +1,223 @@
+"""Calls that repeat what the host did for one like them: the same bits, no more memory, and only where that is safe."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from operators import inputs_for
+from triton_moe import MoEConfig, MoEMLP, moe_mlp
+from triton_moe.testing import CASES, Case, poison_empty, run
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from triton_moe.kernels import replay  # noqa: E402
+from triton_moe.kernels.config import capability, on_device  # noqa: E402
+from triton_moe.kernels.launch import Launcher, watching  # noqa: E402
+from triton_moe.kernels.tuning import configure, table  # noqa: E402
+
+
+@triton.jit
+def add_kernel(x, y, out, n, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < n
+    tl.store(out + place, tl.load(x + place, mask=mask) + tl.load(y + place, mask=mask), mask=mask)
+
+
+LAUNCHER = Launcher(add_kernel, BLOCK=16)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    LAUNCHER((-(-x.numel() // 16),), x, y, out, x.numel())
+    return out
+
+
+@pytest.fixture
+def repeats(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one with each call that is repeated."""
+    made: list[None] = []
+    repeat = replay.Recording.repeat
+
+    def counted(self: replay.Recording, *args: Any) -> Any:
+        made.append(None)
+        return repeat(self, *args)
+
+    monkeypatch.setattr(replay.Recording, "repeat", counted)
+    return made
+
+
+def normal(size: int, device: str) -> Tensor:
+    return torch.randn(size, device=device)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES[::3] if case.num_tokens], ids=lambda case: case.reason)
+def test_a_repeated_call_is_the_call(
+    case: Case, device: str, dtype: torch.dtype, repeats: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward of the layer with other values and another routing, recorded, then repeated."""
+    seeds = range(3)
+    inputs = [inputs_for(case, dtype, device, seed=seed) for seed in seeds]
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "is_hooked", lambda: True)
+        expected = [run(moe_mlp, given, backend="triton") for given in inputs]
+    assert not repeats
+    for seed in seeds:
+        with poison_empty() if seed == 2 else torch.enable_grad():
+            actual = run(moe_mlp, inputs[seed], backend="triton")
+        assert all(torch.equal(actual[name], expected[seed][name]) for name in actual)
+    assert len(repeats) == 2  # forward and backward
+
+
+def test_the_whole_layer_is_repeated(device: str, repeats: list[None]) -> None:
+    torch.manual_seed(0)
+    layer = MoEMLP(MoEConfig([(2, 16), (1, 5), (2, 40)], 2, 32, activation="swiglu", backend="triton"), device=device)
+
+    def step(x: Tensor) -> list[Tensor]:
+        out, aux, _ = layer(x)
+        loss = out.square().sum() + aux["router_z_loss"] + aux["load_balance_loss"] + aux["compute_loss"]
+        return [out.detach(), *torch.autograd.grad(loss, list(layer.parameters()))]
+
+    x = torch.randn(20, 32, device=device, requires_grad=True)
+    first, second, third = step(x), step(x), step(x)
+    assert len(repeats) == 4  # router and experts, both ways
+    for one, two, three in zip(first, second, third, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    step(torch.randn(21, 32, device=device, requires_grad=True))
+    assert len(repeats) == 4
+
+
+def test_arguments_are_told_apart(device: str, repeats: list[None]) -> None:
+    """By size, stride, dtype, alignment, by what is None, and by which are the same."""
+    call = replay.replayed(lambda x, y, *_: add(x, y))
+    x, y = normal(64, device), normal(64, device)
+    for _ in range(3):
+        assert torch.equal(call(x, y), x + y)
+    assert len(repeats) == 1
+    double = x.double()
+    others: list[tuple] = [
+        (x, x),
+        (x[:32], y[:32]),
+        (double, double + 1),
+        (x, y, None),
+        (x, y, 16),
+        (x[1:33], y[:32]),
+    ]
+    for number, args in enumerate(others):
+        for _ in range(2):
+            assert torch.equal(call(*args), args[0] + args[1])
+        assert len(repeats) == 1, number
+    z = normal(64, device)
+    assert torch.equal(call(z, z), z + z)
+    assert torch.equal(call(z, y), z + y)
+    assert len(repeats) == 3
+
+
+def never_repeated(function: Any, *args: Tensor) -> list[Any]:
+    """Results of three calls, of which none may be repeated."""
+    call = replay.replayed(function)
+    return [call(*args) for _ in range(3)]
+
+
+def test_what_pytorch_computes_is_not_repeated(device: str, repeats: list[None]) -> None:
+    x, y = normal(64, device), normal(64, device)
+    for result in never_repeated(lambda x, y: add(x + 1, y), x, y):
+        assert torch.equal(result, (x + 1) + y)
+    for result in never_repeated(lambda x, y: add(x, y.flip(0)), x, y):
+        assert torch.equal(result, x + y.flip(0))
+    never_repeated(lambda x, y: add(x[: 16 + int(y.max() > 100)], y), x, y)  # reads a number back
+    assert not repeats
+
+
+def test_memory_of_nobodys_is_not_repeated(device: str, repeats: list[None]) -> None:
+    """A pointer into a tensor from elsewhere, or an argument that is handed back: nobody says what the next call's is.
+    A table of constants is the same for every call."""
+    x, elsewhere = normal(64, device), normal(64, device)
+    for result in never_repeated(lambda x: add(x, elsewhere), x):
+        assert torch.equal(result, x + elsewhere)
+    never_repeated(lambda x: (add(x, x), x), x)
+    never_repeated(lambda x: add(x, x)[:32], x)
+    assert not repeats
+    (constants,) = on_device([[1.0] * 64], torch.float32, torch.device(device, 0) if device == "cuda" else x.device)
+    for result in never_repeated(lambda x: add(x, constants), x):
+        assert torch.equal(result, x + 1)
+    assert len(repeats) == 1
+
+
+def test_arguments_that_overlap_are_not_repeated(device: str, repeats: list[None]) -> None:
+    memory = normal(128, device)
+    for result in never_repeated(add, memory[:64], memory[32:96]):
+        assert torch.equal(result, memory[:64] + memory[32:96])
+    assert not repeats
+
+
+def test_memory_is_let_go(device: str, repeats: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a repeated call allocates only its results outlive it; it keeps no argument, and gives back what the call
+    did."""
+
+    def sum_of_four(x: Tensor, y: Tensor) -> list[Any]:
+        out = add(add(x, y), add(x, y))
+        replay.give_back(y)
+        return [out, None]
+
+    call, born = replay.replayed(sum_of_four), []
+    empty_strided = torch.empty_strided
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        tensor = empty_strided(*args, **options)
+        born.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty_strided", watched)
+    x = normal(64, device)
+    for number in range(4):
+        y = normal(64, device)
+        expected = (x + y) + (x + y)
+        out, nothing = call(x, y)
+        assert torch.equal(out, expected)
+        assert nothing is None
+        assert y.untyped_storage().nbytes() == 0
+        assert len(repeats) == max(0, number - 1)
+    assert [reference() is not None for reference in born] == [False] * 5 + [True]
+    given = weakref.ref(x)
+    del x
+    gc.collect()
+    assert given() is None
+
+
+def test_another_configuration_is_another_call(device: str, repeats: list[None]) -> None:
+    call, x = replay.replayed(add), normal(64, device)
+    for _ in range(3):
+        call(x, x)
+    assert len(repeats) == 1
+    configure("up", capability(x.device), table()["any", "up"])
+    call(x, x)
+    assert len(repeats) == 1
+
+
+def test_an_error_ends_the_watch(device: str, repeats: list[None]) -> None:
+    def fails(x: Tensor, y: Tensor) -> Tensor:
+        add(x, y)
+        raise KeyError("x")
+
+    call, x = replay.replayed(fails), normal(64, device)
+    for _ in range(3):
+        with pytest.raises(KeyError):
+            call(x, x)
+        assert watching.by is None
+    assert not repeats
+
+
+def test_kinds_do_not_pile_up(device: str, repeats: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_MAX_KINDS", 4)
+    call, x = replay.replayed(add), normal(56, device)
+    for size in range(16, 16 + 41):
+        assert torch.equal(call(x[:size], x[:size]), x[:size] + x[:size])
+    for _ in range(3):
+        assert torch.equal(call(x, x), x + x)
+    assert len(repeats) == 2
