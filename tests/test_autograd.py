@@ -226,7 +226,7 @@ def test_selective_checkpointing_sees_the_operators(device: str) -> None:
 
     out = checkpoint(run_layer, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
     out.square().sum().backward()  # type: ignore[union-attr]
-    assert {"triton_moe.moe_mlp.default", "triton_moe.route_tokens.default"} <= set(seen)
+    assert "triton_moe.moe_layer.default" in seen
     expected = torch.autograd.grad(layer(x)[0].square().sum(), x)[0]
     assert x.grad is not None
     torch.testing.assert_close(x.grad, expected)

@@ -1,5 +1,7 @@
 """The operators of torch.library: what their schemas, fakes and backwards promise, checked by PyTorch's own opcheck."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from triton_moe.layout import ExpertLayout
 
 pytest.importorskip("triton")
 import triton_moe.ops.building_blocks
+import triton_moe.ops.moe_layer
 import triton_moe.ops.moe_mlp
 import triton_moe.ops.router  # noqa: F401
 
@@ -23,9 +26,12 @@ E, S = LAYOUT.num_experts, LAYOUT.total_width
 @pytest.fixture(autouse=True)
 def no_memory_is_left_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """opcheck compares every element of a result, and those between the blocks of a ragged buffer are unspecified."""
-    empty, new_empty = torch.empty, Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).zero_())
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).zero_())
+
+    def zeroed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: allocate(*args, **kwargs).zero_()
+
+    for owner, name in ((torch, "empty"), (torch, "empty_strided"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, zeroed(getattr(owner, name)))
 
 
 def normal(*shape: int, device: str, requires_grad: bool = True) -> Tensor:
@@ -73,6 +79,14 @@ def test_route_tokens(softmax: bool, with_bias: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_moe_layer(activation: str, device: str) -> None:
+    x, _, _, *weights, widths, _ = of_moe_mlp(activation, device, activation == "gelu")
+    router, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
+    options = (K, activation == "gelu", True, True, activation, False, True, "auto")
+    opcheck(torch.ops.triton_moe.moe_layer.default, (x, router, bias, *weights, widths, *options))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_building_blocks(activation: str, device: str) -> None:
     """Forward by way of each operator, and with it, its backward."""
     from triton_moe import functional
@@ -103,7 +117,16 @@ def test_expert_bias(device: str) -> None:
 def test_every_operator_is_checked() -> None:
     """Those with a backward are above, and opcheck runs their backward operators."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("triton_moe::")}
-    forward = {"route", "gather", "scatter", "grouped_gemm_up", "grouped_gemm_down", "moe_mlp", "route_tokens"}
+    forward = {
+        "route",
+        "gather",
+        "scatter",
+        "grouped_gemm_up",
+        "grouped_gemm_down",
+        "moe_mlp",
+        "route_tokens",
+        "moe_layer",
+    }
     backward = {f"{name}_backward" for name in forward - {"route"}}
     without_backward = {"moe_mlp_inference", "keep_bias", "count_choices", "move_bias_in_forward"}
     assert names == {f"triton_moe::{name}" for name in forward | backward | without_backward}

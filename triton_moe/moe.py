@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from triton_moe.activations import is_gated
 from triton_moe.balancing import BiasBalanced, BiasBalancing
 from triton_moe.experts import DenseMLP, Experts
-from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype
+from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype, moe_layer
 from triton_moe.layout import ExpertLayout
-from triton_moe.router import ROUTERS, GroupLimit, expand_null_row, route_tokens
+from triton_moe.router import ROUTERS, GroupLimit, RouterOutput, expand_null_row, is_fused, route_tokens
 
 LOAD_BALANCE = ("batch", "sequence")
 """What a load-balance loss is taken over: all tokens at once, or each sequence, averaged."""
@@ -165,6 +166,8 @@ class MoEMLP(Experts, BiasBalanced):
         width = config.shared_width
         self.shared = DenseMLP(H, width, activation, device=device, dtype=dtype) if width else None
         self._register_expert_bias(config.balancing, layout.num_experts, device)
+        plain = config.weights_scale == 1 and config.load_balance == "batch"
+        self._is_one_operator = plain and is_fused(layout, config.groups, None)
         self.init_params()
 
     @torch.no_grad()
@@ -197,22 +200,10 @@ class MoEMLP(Experts, BiasBalanced):
         config = self.config
         tokens = (x if x.dim() == 2 else x.reshape(-1, config.hidden_size)).to(matmul_dtype(x))
         weight, bias = self.router.weight, self.choice_bias()
-        routed = route_tokens(
-            tokens,
-            expand_null_row(weight, self.layout) if config.shared_null_logit else weight,
-            bias,
-            layout=self.layout,
-            num_active_experts=config.num_active_experts,
-            router=config.router,
-            normalize_weights=config.normalize_weights,
-            aux_losses=config.aux_losses,
-            scale=config.weights_scale,
-            groups=config.groups,
-            sequence_length=_sequence_length(x) if config.load_balance == "sequence" else None,
-            backend=config.backend,
-        )
+        if config.shared_null_logit:
+            weight = expand_null_row(weight, self.layout)
+        out, routed = self._route_and_run(tokens, weight, bias, _sequence_length(x))
         self.count_choices(routed.load, routed.topk_ids.numel())
-        out = super().forward(tokens, routed.topk_weights, routed.topk_ids)
         if self.shared is not None:
             out = out + self.shared(tokens)
         aux = {name: getattr(routed, name) for name in AUX}
@@ -220,6 +211,30 @@ class MoEMLP(Experts, BiasBalanced):
             size = bias.abs()
             aux |= zip(AUX_OF_BIAS, (size.amax(), size.mean(), bias.clone()), strict=True)
         return out if x.dim() == 2 else out.view(x.shape), aux, routed.f.to(x.dtype)
+
+    def _route_and_run(
+        self, tokens: Tensor, router_weight: Tensor, bias: Tensor | None, sequence_length: int
+    ) -> tuple[Tensor, RouterOutput]:
+        """-> the routed experts' output `(T, H)`, and the routing."""
+        config = self.config
+        options: dict[str, Any] = {
+            "layout": self.layout,
+            "num_active_experts": config.num_active_experts,
+            "router": config.router,
+            "normalize_weights": config.normalize_weights,
+            "aux_losses": config.aux_losses,
+        }
+        is_differentiated = torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
+        if self._is_one_operator and is_differentiated:
+            weights = self.w1, self.w2, self.w3, self.b1, self.b2, self.b3
+            both = moe_layer(tokens, router_weight, bias, *weights, **options, **self._moe_mlp_options)
+            if both is not None:
+                return both[0], RouterOutput(*both[1:10])
+        sequence = sequence_length if config.load_balance == "sequence" else None
+        groups, scale = config.groups, config.weights_scale
+        options |= {"scale": scale, "groups": groups, "sequence_length": sequence, "backend": config.backend}
+        routed = route_tokens(tokens, router_weight, bias, **options)
+        return super().forward(tokens, routed.topk_weights, routed.topk_ids), routed
 
     def _check_input(self, x: Tensor) -> None:
         H, weight = self.config.hidden_size, self.w1

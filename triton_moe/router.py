@@ -210,6 +210,11 @@ def _route_tokens(
     return RouterOutput(topk_weights, topk_ids, f.to(x.dtype), f, *losses, *statistics)
 
 
+def is_fused(layout: ExpertLayout, groups: GroupLimit | None, sequence_length: int | None) -> bool:
+    """Whether one kernel does all of the routing, where kernels run."""
+    return groups is None and sequence_length is None and layout.num_experts <= _MAX_FUSED_EXPERTS
+
+
 def route_tokens(
     x: Tensor,
     weight: Tensor,
@@ -255,8 +260,7 @@ def route_tokens(
     if groups is not None:
         groups.check(layout.num_experts, num_active_experts)
     options = (layout, num_active_experts, router, normalize_weights, aux_losses)
-    fused = groups is None and sequence_length is None and layout.num_experts <= _MAX_FUSED_EXPERTS
-    if not (runs_kernels(x.device, x.dtype, backend) and fused):
+    if not (runs_kernels(x.device, x.dtype, backend) and is_fused(layout, groups, sequence_length)):
         return _route_tokens(x, weight, bias, *options, scale, groups, sequence_length)
     from triton_moe.ops.router import route_tokens as run
 

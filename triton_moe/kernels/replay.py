@@ -2,9 +2,10 @@
 
 Which tiles a kernel gets, how large a buffer is, what is launched and in which order follow from shapes, strides,
 dtypes and options, never from values, which the host does not see. So a call is watched once: a dispatch mode sees
-which memory it asks PyTorch for, the launchers tell what they launch. Further calls of its kind allocate and launch the
-same and work out nothing. Not repeatable, and so never recorded, is a call in which PyTorch computes anything, whose
-arguments share memory, or that launches with a pointer neither into an argument, nor into new memory, nor to a table.
+which memory it asks PyTorch for and which products, the launchers tell what they launch. Further calls of its kind do
+the same in the same order and work out nothing. Not repeatable, and so never recorded, is a call in which PyTorch
+computes anything else, whose arguments overlap, or that uses a pointer neither into an argument, nor into new memory,
+nor to a table.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _ALLOCATIONS = frozenset(
 
 
 _NEW, _SEEN = object(), object()
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_COMPUTATIONS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.mm.dtype, torch.ops.aten.add.Tensor))
 
 
 class _Allocation(NamedTuple):
@@ -43,7 +46,7 @@ class _Allocation(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A launch, what is allocated before it, and what is let go after it."""
+    """A launch or one of PyTorch's operators, what is allocated before it, and what is let go after it."""
 
     allocations: list[_Allocation]
     run: Callable[..., Any]
@@ -52,6 +55,10 @@ class _Step(NamedTuple):
     """Place among the arguments; the value pointed into, and how many bytes into it."""
     descriptors: list[tuple[int, int]]
     """Likewise, of TMA descriptors, which begin where the value does."""
+    operands: list[tuple[int, int, tuple | None]]
+    """Likewise, of an operator's tensors; size and strides if these are not the value's own."""
+    result: int | None
+    """The operator's; None for a launch."""
     given_back: list[int]
     """Arguments of the call whose memory it gives back."""
     unused: list[int]
@@ -87,8 +94,10 @@ class Recording(TorchDispatchMode):
         """Those since the last launch."""
         self._memory = [(*_span(tensor), value) for value, tensor in enumerate(arguments)]
         """Latest last: what is let go may be another's next."""
+        self._shapes = [(tensor.shape, tensor.stride()) for tensor in arguments]
         spans = sorted(span for span in self._memory if span[0] < span[1])
         self.is_repeatable = all(a[1] <= b[0] or a[0] == b[0] for a, b in itertools.pairwise(spans))
+        self._autocasts = torch._C._is_any_autocast_enabled()
         self._created: list[weakref.ref[Tensor]] = []
         self._results: tuple[type, list[int]] | None = None
         """What the call returns: a tuple, a list, or a tensor; the values in it, -1 for None."""
@@ -108,12 +117,33 @@ class Recording(TorchDispatchMode):
         if func.overloadpacket in _ALLOCATIONS:
             size = tuple(result.shape)  # PyTorch takes a torch.Size more slowly
             self._allocations.append(_Allocation(self._num_values, size, result.stride(), result.dtype))
-            self._memory.append((*_span(result), self._num_values))
-            self._created.append(weakref.ref(result))
-            self._num_values += 1
+            self._add_value(result)
+        elif func in _COMPUTATIONS and not any(isinstance(arg, Tensor) for arg in (kwargs or {}).values()):
+            self._computed(functools.partial(func, **kwargs) if kwargs else func, args, result)
         elif not func.is_view:
             self.is_repeatable = False
         return result
+
+    def _add_value(self, tensor: Tensor) -> None:
+        self._memory.append((*_span(tensor), self._num_values))
+        self._shapes.append((tensor.shape, tensor.stride()))
+        self._created.append(weakref.ref(tensor))
+        self._num_values += 1
+
+    def _computed(self, function: Callable[..., Any], args: tuple, result: Tensor) -> None:
+        self.is_repeatable &= not self._autocasts  # which would cast operands once more
+        operands = []
+        for place, arg in enumerate(args):
+            if isinstance(arg, Tensor):
+                value, offset = self._find(arg.data_ptr())
+                self.is_repeatable &= value >= 0 and offset == 0
+                shape = arg.shape, arg.stride()
+                operands.append((place, value, None if shape == self._shapes[value] else shape))
+        arguments = [None if isinstance(arg, Tensor) else arg for arg in args]
+        step = _Step(self._allocations, function, arguments, [], [], operands, self._num_values, [], [])
+        self._steps.append(step)
+        self._allocations = []
+        self._add_value(result)
 
     def launched(self, launch: Launch | None) -> None:
         """A launcher made a launch; None: one that cannot be repeated."""
@@ -129,7 +159,7 @@ class Recording(TorchDispatchMode):
         descriptors = [(place, found[place][0]) for place in launch.descriptors if place in found]
         for place in launch.descriptors:
             launch.arguments[place] = moved(launch.arguments[place], None)
-        step = _Step(self._allocations, launch.run, launch.arguments, pointers, descriptors, [], [])
+        step = _Step(self._allocations, launch.run, launch.arguments, pointers, descriptors, [], None, [], [])
         self._steps.append(step)
         self._allocations = []
 
@@ -158,14 +188,17 @@ class Recording(TorchDispatchMode):
             values.append(-1 if tensor is None else same[0] if same else None)
         self.is_repeatable &= None not in values
         if self._allocations:
-            self._steps.append(_Step(self._allocations, _launch_nothing, [None] * (STREAM + 1), [], [], [], []))
+            nothing: list[Any] = [None] * (STREAM + 1)
+            self._steps.append(_Step(self._allocations, _launch_nothing, nothing, [], [], [], None, [], []))
         self._results = type(result), values
-        last_use = {value: step for step in self._steps for _, value, _ in step.pointers}
-        last_use |= {value: step for step in self._steps for _, value in step.descriptors}
+        last_use: dict[int, _Step] = {}
+        for step in self._steps:
+            uses = (*step.pointers, *step.descriptors, *step.operands)
+            last_use |= {value: step for _, value, *_ in uses}
         for value, step in last_use.items():
             if value >= self._num_arguments and value not in values:
                 step.unused.append(value)
-        self._memory, self._created = [], []
+        self._memory, self._created, self._shapes = [], [], []
 
     def repeat(self, arguments: list[Tensor], addresses: list[int]) -> Any:
         """The call with other arguments of its kind, which are at these addresses."""
@@ -173,17 +206,23 @@ class Recording(TorchDispatchMode):
         stream = current_stream(device.index) if device.index is not None else None
         new: list[Any] = [None] * (self._num_values - len(arguments))
         values, addresses = [*arguments, *new], [*addresses, *new]
-        for allocations, run, launch_arguments, pointers, descriptors, given_back, unused in self._steps:
+        for allocations, run, known, pointers, descriptors, operands, result, given_back, unused in self._steps:
             for value, size, stride, dtype in allocations:
                 values[value] = tensor = torch.empty_strided(size, stride, dtype=dtype, device=device)
                 addresses[value] = tensor.data_ptr()
-            launch_arguments = launch_arguments.copy()
-            launch_arguments[STREAM] = stream
-            for place, value, offset in pointers:
-                launch_arguments[place] = addresses[value] + offset
-            for place, value in descriptors:
-                launch_arguments[place] = moved(launch_arguments[place], values[value])
-            run(*launch_arguments)
+            given = known.copy()
+            if result is None:
+                given[STREAM] = stream
+                for place, value, offset in pointers:
+                    given[place] = addresses[value] + offset
+                for place, value in descriptors:
+                    given[place] = moved(given[place], values[value])
+                run(*given)
+            else:
+                for place, value, shape in operands:
+                    given[place] = values[value] if shape is None else values[value].as_strided(*shape)
+                values[result] = tensor = run(*given)
+                addresses[result] = tensor.data_ptr()
             for value in given_back:
                 values[value].untyped_storage().resize_(0)
             for value in unused:
@@ -204,7 +243,8 @@ def give_back(tensor: Tensor) -> None:
 def replayed(function: Function) -> Function:
     """Record the second call of each kind of a function of tensors and options, and repeat it from then on.
 
-    The function launches kernels and allocates; it returns new tensors, or a tuple or list of new tensors and Nones.
+    The function launches kernels, multiplies and allocates; it returns a new tensor, or a tuple or list of new tensors
+    and Nones.
     """
     known: dict[tuple, Any] = {}
     """A kind's recording, `_SEEN` once before there is one, None if there can be none."""
@@ -212,16 +252,18 @@ def replayed(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        arguments, addresses, kind, bits = [], [], [torch.get_float32_matmul_precision(), *options.values()], 0
+        arguments, addresses, bits = [], [], 0
+        kind: list[Any] = [torch.get_float32_matmul_precision(), torch._C._is_any_autocast_enabled()]
         for arg in args:
-            if isinstance(arg, Tensor):
+            if arg.__class__ in _TENSORS:
                 address = arg.data_ptr()
                 arguments.append(arg)
                 addresses.append(address)
-                kind += arg.shape, arg.stride(), arg.dtype
                 bits |= address
+                kind.append((arg.shape, arg.stride(), arg.dtype))
             else:
-                kind.append(tuple(arg) if isinstance(arg, list) else arg)
+                kind.append(tuple(arg) if arg.__class__ is list else arg)
+        kind += options.values()
         device = arguments[0].get_device()
         is_elsewhere = device >= 0 and device != torch._C._cuda_getDevice()
         if bits % 16 or is_elsewhere or is_hooked() or watching.by is not None:

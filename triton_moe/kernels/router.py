@@ -17,7 +17,6 @@ from torch import Tensor
 
 from triton_moe.kernels.config import cdiv, on_device
 from triton_moe.kernels.launch import Launcher
-from triton_moe.kernels.replay import replayed
 from triton_moe.layout import ExpertLayout
 
 _TILE = 2048
@@ -268,7 +267,6 @@ def _spans(num_tokens: int, tokens: int) -> tuple[int, int]:
     return cdiv(num_tokens, span), span
 
 
-@replayed
 def router_fwd(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, options: RouterOptions) -> tuple[Tensor, ...]:
     """`logits (T, E)` fp32, bias `(E)` or None -> weights `(T, K)`, ids `(T, K)` int32, f `(E)`, that in fp32, three
     losses, the largest absolute logit, the mean logit.
@@ -292,7 +290,6 @@ def router_fwd(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, options:
     return topk_weights, topk_ids, f, load, *scalars
 
 
-@replayed
 def router_bwd(
     logits: Tensor, topk_ids: Tensor, load: Tensor, dweights: Tensor | None, dz_loss: Tensor | None,
     dbalance: Tensor | None, dcompute: Tensor | None, dtype: torch.dtype, options: RouterOptions,

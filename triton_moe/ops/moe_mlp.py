@@ -56,7 +56,7 @@ _moe_mlp_inference = Operator(
 
 
 @replayed
-def _forward(
+def forward(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
     b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
     backend: str,
@@ -71,7 +71,7 @@ def _forward(
     return out, x.new_empty(0) if pre is None else pre, routing.packed
 
 
-def _forward_fake(
+def forward_fake(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
     b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, keep_pre: bool,
     backend: str,
@@ -97,7 +97,7 @@ def _is_largest(pre: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | Non
 
 
 @replayed
-def _backward_impl(
+def gradients(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
     b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, pre: Tensor, packed: Tensor, needs: Sequence[bool],
     widths: Sequence[int], activation: str, exact: bool, keep_pre: bool, backend: str, consume_pre: bool = False,
@@ -133,7 +133,7 @@ def _backward_impl(
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
 
 
-def _backward_fake(
+def gradients_fake(
     dout: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None,
     b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, pre: Tensor, packed: Tensor, needs: Sequence[bool], *_,
 ) -> list[Tensor]:  # fmt: skip
@@ -155,8 +155,8 @@ _moe_mlp_backward = Operator(
     "moe_mlp_backward(Tensor dout, Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, "
     "Tensor? b1, Tensor? b2, Tensor? b3, Tensor pre, Tensor packed, bool[] needs, int[] widths, str activation, "
     "bool exact, bool keep_pre, str backend) -> Tensor[]",
-    _backward_impl,
-    _backward_fake,
+    gradients,
+    gradients_fake,
 )
 
 
@@ -186,8 +186,8 @@ def _backward(ctx, dout, _dpre, _dpacked):
 _moe_mlp = Operator(
     "moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, "
     "Tensor? b3, int[] widths, str activation, bool exact, bool keep_pre, str backend) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+    forward,
+    forward_fake,
     _setup_context,
     _backward,
 )

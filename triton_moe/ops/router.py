@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from triton_moe.kernels.replay import replayed
 from triton_moe.kernels.router import RouterOptions, router_bwd, router_fwd
 from triton_moe.layout import ExpertLayout
 from triton_moe.ops.library import Operator, layout_of
@@ -33,7 +34,8 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x.float(), weight.float())
 
 
-def _forward(
+@replayed
+def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
 ) -> tuple[Tensor, ...]:
     """-> what `router_fwd` returns, and the logits."""
@@ -41,7 +43,7 @@ def _forward(
     return *router_fwd(logits, bias, x.dtype, _options(tuple(widths), num_active_experts, *flags)), logits
 
 
-def _forward_fake(
+def forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts, fp32 = x.shape[0], len(widths), torch.float32
@@ -55,7 +57,8 @@ def _forward_fake(
     )
 
 
-def _backward_impl(
+@replayed
+def gradients(
     x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, logits: Tensor, dweights: Tensor | None,
     dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, needs: Sequence[bool],
     widths: Sequence[int], num_active_experts: int, *flags: bool,
@@ -70,7 +73,7 @@ def _backward_impl(
     return [*grads, torch.mm(dlogits.t(), x.to(dtype)).to(weight.dtype)] if need_weight else grads
 
 
-def _backward_fake(x: Tensor, weight: Tensor, *rest) -> list[Tensor]:
+def gradients_fake(x: Tensor, weight: Tensor, *rest) -> list[Tensor]:
     need_x, need_weight = rest[7]
     return [x.new_empty(x.shape)] * need_x + [weight.new_empty(weight.shape)] * need_weight
 
@@ -78,8 +81,8 @@ def _backward_fake(x: Tensor, weight: Tensor, *rest) -> list[Tensor]:
 _route_tokens_backward = Operator(
     "route_tokens_backward(Tensor x, Tensor weight, Tensor topk_ids, Tensor load, Tensor logits, Tensor? dweights, "
     f"Tensor? dz_loss, Tensor? dbalance, Tensor? dcompute, bool[] needs, {_OPTIONS}) -> Tensor[]",
-    _backward_impl,
-    _backward_fake,
+    gradients,
+    gradients_fake,
 )
 
 
@@ -101,8 +104,8 @@ def _backward(ctx, dweights, _dids, _df, _dload, dz_loss, dbalance, dcompute, *_
 _route_tokens = Operator(
     f"route_tokens(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+    forward,
+    forward_fake,
     _setup_context,
     _backward,
 )
