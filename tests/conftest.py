@@ -1,5 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, with small tiles; with one they run natively."""
 
+import functools
 import os
 
 import pytest
@@ -7,9 +8,17 @@ import torch
 
 # A compiled graph holds our backward as it was traced, and is cached on disk under the operators' names alone.
 os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+torch.set_num_threads(1)  # tensors this small only wait for each other's threads, and the workers take all cores
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, hence before anything imports them
+
+    from triton.runtime import interpreter
+
+    # It puts itself in the place of Triton's language at every launch and at every call of a device function, which
+    # takes a third of its time. Here that is done once for each function, and stays.
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda self: None
 
 KERNEL_DEVICE = "cuda" if HAS_GPU else "cpu"
 # The interpreter's bfloat16 dot is wrong, so bfloat16 is tested on GPUs alone.
