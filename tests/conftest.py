@@ -3,6 +3,7 @@
 import functools
 import os
 from collections import defaultdict
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,13 +15,13 @@ torch.set_num_threads(1)  # tensors this small only wait for each other's thread
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, hence before anything imports them
+    if find_spec("triton"):
+        from triton.runtime import interpreter
 
-    from triton.runtime import interpreter
-
-    # It puts itself in the place of Triton's language at every launch and at every call of a device function, which
-    # takes a third of its time. Here that is done once for each function, and stays.
-    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
-    interpreter._LangPatchScope.restore = lambda self: None
+        # It puts itself in the place of Triton's language at every launch and at every call of a device function, which
+        # takes a third of its time. Here that is done once for each function, and stays.
+        interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+        interpreter._LangPatchScope.restore = lambda self: None
 
 KERNEL_DEVICE = "cuda" if HAS_GPU else "cpu"
 # The interpreter's bfloat16 dot is wrong, so bfloat16 is tested on GPUs alone.
