@@ -15,7 +15,17 @@ from torch import Tensor
 from operators import inputs_for
 from triton_moe import moe_mlp, reference
 from triton_moe.activations import ACTIVATIONS
-from triton_moe.testing import BIASES, CASES, SEED_CASES, Case, check_against_oracle, make_inputs, poison_empty, run
+from triton_moe.testing import (
+    BIASES,
+    CASES,
+    SEED_CASES,
+    Case,
+    Inputs,
+    check_against_oracle,
+    make_inputs,
+    poison_empty,
+    run,
+)
 
 kernels = functools.partial(moe_mlp, backend="triton")
 
@@ -26,6 +36,7 @@ def test_cases(case: Case, device: str, dtype: torch.dtype) -> None:
         check_against_oracle(kernels, inputs_for(case, dtype, device))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str, bias: bool, device: str, dtype: torch.dtype) -> None:
@@ -44,13 +55,19 @@ def test_gradient_of_narrow_weights_is_narrow(device: str, dtype: torch.dtype) -
 OPERANDS = ("x", "topk_weights", "w1", "w2", "w3", "b1", "b2", "b3")
 
 
+@functools.cache
+def frozen(device: str) -> tuple[Inputs, dict[str, Tensor]]:
+    """Inputs, and all of their results."""
+    inputs = inputs_for(Case(21, 24, (16, 5, 0, 33), 3, "swiglu", bias=True, reason="frozen"), torch.float32, device)
+    return inputs, run(kernels, inputs)
+
+
 @pytest.mark.parametrize(
     "asked", [*([name] for name in OPERANDS), *([n for n in OPERANDS if n != m] for m in OPERANDS)]
 )
 def test_only_what_is_asked_for(asked: list[str], device: str) -> None:
     """One operand alone needs a gradient, or all but one: it is what it was."""
-    inputs = inputs_for(Case(21, 24, (16, 5, 0, 33), 3, "swiglu", bias=True, reason="frozen"), torch.float32, device)
-    everything = run(kernels, inputs)
+    inputs, everything = frozen(device)
     operands = {name: getattr(inputs, name).clone().requires_grad_(name in asked) for name in OPERANDS}
     out = kernels(topk_ids=inputs.topk_ids, layout=inputs.layout, activation="swiglu", **operands)
     with poison_empty():
@@ -63,6 +80,7 @@ def test_only_what_is_asked_for(asked: list[str], device: str) -> None:
             assert operand.grad is None
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("given", [["b1"], ["b2"], ["b3"], ["b1", "b3"]])
 @pytest.mark.parametrize("routing", ["random", "repeated"])
 def test_any_of_the_biases(given: list[str], routing: str, device: str, dtype: torch.dtype) -> None:

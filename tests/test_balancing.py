@@ -159,6 +159,7 @@ class Checkpointed(nn.Module):
         return out, {"load_balance_loss": loss}, f
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("compiled", ["nothing", "the layer", "the whole"])
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("balancing", [SMEBU, IN_FORWARD], ids=["loop", "in forward"])

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,14 +38,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On one thread: tiny operations on several wait for each other, on a busy machine for long."""
+def _on_the_cpu_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,6 @@ TINY = Config(
     expert_sizes=((2, 16), (1, 5), (1, 0)), num_active_experts=2, hidden_size=16, num_layers=2, num_heads=2,
     vocabulary=300, context=16, batch_size=4, steps=6, warm_up=2, learning_rate=0.01, precision="fp32", compile="off",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

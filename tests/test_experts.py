@@ -49,6 +49,7 @@ def test_a_router_of_ones_own(activation: str, device: str) -> None:
     assert router.weight.grad.any()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_is_moe_mlp(activation: str, bias: bool, device: str, dtype: torch.dtype) -> None:

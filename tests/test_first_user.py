@@ -104,6 +104,7 @@ def test_state_dicts_are_exchanged_both_ways(sizes, top_k: int, activation: str,
         assert torch.equal(other.state_dict()[name], value), name
 
 
+@pytest.mark.pairs
 @layers
 @activations
 @biases

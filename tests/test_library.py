@@ -54,13 +54,14 @@ def of_moe_mlp(activation: str, device: str, with_biases: bool) -> tuple:
     return x, weights, ids(device), w1, w2, w3, b1, b2, b3, LAYOUT.widths, activation
 
 
+@pytest.mark.pairs
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("with_biases", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_moe_mlp(activation: str, with_biases: bool, device: str) -> None:
+def test_moe_mlp(activation: str, with_biases: bool, trained: bool, device: str) -> None:
     arguments = of_moe_mlp(activation, device, with_biases)
-    opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, True, "auto"))
-    with torch.no_grad():
-        opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, False, "auto"))
+    with torch.set_grad_enabled(trained):
+        opcheck(torch.ops.triton_moe.moe_mlp.default, (*arguments, False, trained, "auto"))
 
 
 @pytest.mark.parametrize("with_biases", [False, True])

@@ -55,6 +55,7 @@ def forward_backward(function: Any, x: Tensor, weight: Tensor) -> dict[str, Tens
     return {**results, "dx": x.grad, "dweight": weight.grad}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("T", "K"), [(50, 2), (1, 1), (33, 7), (0, 2)])
