@@ -31,7 +31,15 @@ from triton_moe.kernels.config import (
 )
 from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.launch import Launcher
-from triton_moe.kernels.tiles import accumulate, accumulator, block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.kernels.tiles import (
+    accumulate,
+    accumulator,
+    block_rows,
+    expert_columns,
+    piece_of,
+    ragged_start,
+    tile_dot,
+)
 from triton_moe.kernels.tuning import cached_launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
 
@@ -42,8 +50,9 @@ def grouped_gemm_dh_kernel(
     stride_wh, widths, offsets, row_to_slot, row_offsets, ragged_offsets, row_blocks, num_tiles_n, max_width,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
+    """The epilogue takes a tile's columns in PIECES, to spare registers."""
     PARTS: tl.constexpr = 2 if GATED else 1
     entry = row_blocks + 2 * (tl.program_id(0) // num_tiles_n)
     tile_n = tl.program_id(0) % num_tiles_n
@@ -65,27 +74,29 @@ def grouped_gemm_dh_kernel(
     )  # fmt: skip
 
     dact = dact.to(tl.float32)
-    mask = exists[:, None] & (cols < pitch)[None, :]
-    inner = local[:, None] * (PARTS * pitch) + cols[None, :]
-    pre_start = ragged_start(pre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
-    gate, up = load_pre(pre_start + inner, pitch, mask, GATED)
-    act = act_fwd(gate, ACTIVATION)
-    tl.store(dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n, tl.sum(dact * act * up, 1), mask=exists)
     weight = tl.load(topk_weights + slots).to(tl.float32)[:, None]
-    weighted_ptrs = ragged_start(act_weighted, expert, start, pitch, ragged_offsets, 1, ALIGNMENT)
-    tl.store(
-        weighted_ptrs + local[:, None] * pitch + cols[None, :],
-        (weight * act * up).to(act_weighted.dtype.element_ty),
-        mask=mask,
-    )
-    dpre_ptrs = ragged_start(dpre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT) + inner
-    dgate, dup = store_dpre(dpre_ptrs, pitch, mask, gate, up, act, weight * dact, ACTIVATION, GATED)
-    if dbias_partial is not None:
-        place = row_block_place(expert, row_offsets, BLOCK_M) + tl.load(entry + 1)
-        sums = dbias_partial + place * (PARTS * max_width) + cols
-        tl.store(sums, tl.sum(tl.where(exists[:, None], dgate, 0.0), 0), mask=col_mask)
-        if GATED:
-            tl.store(sums + max_width, tl.sum(tl.where(exists[:, None], dup, 0.0), 0), mask=col_mask)
+    pre_start = ragged_start(pre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
+    dpre_start = ragged_start(dpre, expert, start, pitch, ragged_offsets, PARTS, ALIGNMENT)
+    weighted_start = ragged_start(act_weighted, expert, start, pitch, ragged_offsets, 1, ALIGNMENT)
+    dweight = tl.zeros([BLOCK_M], tl.float32)
+    for piece in tl.static_range(PIECES):
+        cols = tile_n * BLOCK_N + piece * (BLOCK_N // PIECES) + tl.arange(0, BLOCK_N // PIECES)
+        mask = exists[:, None] & (cols < pitch)[None, :]
+        inner = local[:, None] * (PARTS * pitch) + cols[None, :]
+        gate, up = load_pre(pre_start + inner, pitch, mask, GATED)
+        act, dpiece = act_fwd(gate, ACTIVATION), piece_of(dact, piece, PIECES)
+        dweight += tl.sum(dpiece * act * up, 1)
+        weighted_ptrs = weighted_start + local[:, None] * pitch + cols[None, :]
+        tl.store(weighted_ptrs, (weight * act * up).to(act_weighted.dtype.element_ty), mask=mask)
+        dpre_ptrs = dpre_start + inner
+        dgate, dup = store_dpre(dpre_ptrs, pitch, mask, gate, up, act, weight * dpiece, ACTIVATION, GATED)
+        if dbias_partial is not None:
+            place = row_block_place(expert, row_offsets, BLOCK_M) + tl.load(entry + 1)
+            sums = dbias_partial + place * (PARTS * max_width) + cols
+            tl.store(sums, tl.sum(tl.where(exists[:, None], dgate, 0.0), 0), mask=cols < width)
+            if GATED:
+                tl.store(sums + max_width, tl.sum(tl.where(exists[:, None], dup, 0.0), 0), mask=cols < width)
+    tl.store(dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n, dweight, mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -159,6 +170,10 @@ _SLOTS = 128
 """Slots a program of `sum_partials_kernel` sums for."""
 
 
+_EPILOGUE_N = 64
+"""Columns of which dh holds the pre-activation and its gradient at once."""
+
+
 @cached_launcher
 def _dh_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
@@ -168,7 +183,7 @@ def _dh_launcher(
     launch = Launcher(
         grouped_gemm_dh_kernel, **options, GATED=gated, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
         EVEN_K=hidden_size % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
-        **config._asdict(),
+        PIECES=2 if config.BLOCK_N > _EPILOGUE_N else 1, **config._asdict(),
     )  # fmt: skip
     return launch, tables, config.BLOCK_N
 

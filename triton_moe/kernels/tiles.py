@@ -103,6 +103,17 @@ def tile_dot(
 
 
 @triton.jit
+def piece_of(tile, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """The tile itself, or one of two halves of its columns: in an accumulator both are the same threads'."""
+    if PIECES == 1:
+        return tile
+    else:
+        tl.static_assert(PIECES == 2)
+        left, right = tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), (0, 2, 1)))
+        return left if PIECE == 0 else right
+
+
+@triton.jit
 def load_b(b_ptrs, offs_k, size, col_mask, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
     if EVEN_K and EVEN_N:
         return tl.load(b_ptrs)
