@@ -28,7 +28,10 @@ from triton_moe.products import TOLERANCE, Product, Shape, disagreement, product
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = {"up": "up", "down": "down", "dh": "dh", "dw": "dw1"}
 """Kernel -> the product that it is timed on."""
-TILES = tuple(TileConfig(n, k, w, s) for n, k, w, s in itertools.product((64, 128), (32, 64), (4, 8), (3, 4)))
+TILES = (
+    *(TileConfig(n, k, w, s) for n, k, w, s in itertools.product((64, 128), (32, 64), (4, 8), (3, 4))),
+    *(TileConfig(256, k, 8, s) for k, s in itertools.product((32, 64), (3, 4))),
+)
 DECODE_TILES = tuple(TileConfig(n, k, 4, s) for n, k, s in itertools.product((32, 64, 128), (64, 128), (3, 4, 5)))
 PIPELINES = tuple(
     PipelineConfig(stages, *registers) for stages in (3, 4) for registers in ((40, 232), (56, 224), (72, 216))

@@ -166,12 +166,18 @@ def grouped_gemm_up_fwd(
     )  # fmt: skip
 
 
+_WIDE_N = 256
+"""Columns of a tile that is worth its size where it divides H; elsewhere half of it leaves less over."""
+
+
 @cached_launcher
 def _down_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, block_m: int, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
     """-> launcher, the layout's tables, column tiles of a row."""
     config, tables = tile_config("down", dtype, device, block_m), layout_tables(layout, device)
+    if hidden_size % config.BLOCK_N and config.BLOCK_N == _WIDE_N:
+        config = config._replace(BLOCK_N=_WIDE_N // 2)
     launch = Launcher(
         grouped_gemm_down_fwd_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
         EVEN_K=divides_widths(config.BLOCK_K, layout), EVEN_N=hidden_size % config.BLOCK_N == 0, BLOCK_M=block_m,
