@@ -203,6 +203,32 @@ class Ignored(torch.autograd.Function):
         return None, dout
 
 
+@pytest.mark.parametrize("frozen", [(), ("x",), ("router.weight",), ("x", "router.weight"), ("w1", "w2", "w3")])
+@pytest.mark.parametrize("used", ["out", "losses", "both"])
+def test_one_operator_is_two(frozen: tuple[str, ...], used: str, device: str) -> None:
+    """Router and experts in one operator give the bits they give one after the other, whatever is differentiated."""
+    x = torch.randn(30, 32, device=device)
+
+    def step(one_operator: bool) -> dict[str, Tensor]:
+        layer = layer_on(device)
+        layer._is_one_operator = one_operator
+        leaves = {"x": x.clone(), **dict(layer.named_parameters())}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name not in frozen)
+        out, aux, f = layer(leaves["x"])
+        losses = [aux[name] for name in ("router_z_loss", "load_balance_loss", "compute_loss")]
+        chosen = {"out": [out.sum()], "losses": losses, "both": [out.sum(), *losses]}[used]
+        chosen = [result for result in chosen if result.requires_grad]
+        if chosen:
+            torch.stack(chosen).sum().backward()
+        grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return {"out": out.detach(), "f": f, **{name: value.detach() for name, value in aux.items()}, **grads}
+
+    one, two = step(True), step(False)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_an_output_whose_gradient_is_undefined(device: str) -> None:
     layer, x = layer_on(device), torch.randn(9, 32, device=device, requires_grad=True)
     Ignored.apply(layer(x)[0], x).sum().backward()  # type: ignore[union-attr]
