@@ -18,7 +18,7 @@ import triton.language as tl  # noqa: E402
 from triton_moe.kernels import replay  # noqa: E402
 from triton_moe.kernels.config import capability, on_device  # noqa: E402
 from triton_moe.kernels.launch import Launcher, watching  # noqa: E402
-from triton_moe.kernels.tuning import configure, table  # noqa: E402
+from triton_moe.kernels.tuning import configure, forget, table  # noqa: E402
 
 
 @triton.jit
@@ -39,7 +39,8 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.fixture
 def repeats(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows by one with each call that is repeated."""
+    """Grows by one with each call that is repeated. No kind of call is known yet."""
+    forget()
     made: list[None] = []
     repeat = replay.Recording.repeat
 

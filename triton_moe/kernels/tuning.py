@@ -73,9 +73,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _made_of_it: list[Callable[[], None]] = []
 
 
-def forget_when_configured(forget: Callable[[], None]) -> None:
-    """Have `forget` called when a configuration is changed."""
-    _made_of_it.append(forget)
+def forget_when_configured(clear: Callable[[], None]) -> None:
+    """Have `clear` called when a configuration is changed."""
+    _made_of_it.append(clear)
 
 
 def cached_launcher(function: Function) -> Function:
@@ -88,5 +88,10 @@ def cached_launcher(function: Function) -> Function:
 def configure(kernel: str, capability: tuple[int, int], config: TileConfig | PipelineConfig) -> None:
     """From now on, in this process, run a kernel so. For the search."""
     table()[f"{capability[0]}.{capability[1]}", kernel] = config
-    for forget in _made_of_it:
-        forget()
+    forget()
+
+
+def forget() -> None:
+    """Make anew what was made of the table."""
+    for made in _made_of_it:
+        made()
