@@ -1,8 +1,8 @@
 """Gradients of the experts' biases: sums over the rows of an expert, and the routing weights' share of b2.
 
 b1 and b3 are summed from the gradient of the pre-activation, over each row block where that is computed and not yet
-rounded, b2 from the rows of the output gradient. A program sums one tile of columns over all of its expert, in fp32 and
-in a fixed order.
+rounded, b2 from the rows of the output gradient. A program sums one tile of columns over all of its expert, in a fixed
+order; in fp32, but fp32 itself in fp64: what cancels is one number, and an error of it shows.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ def row_block_place(expert, row_offsets, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def sum_of_rows(tile, exists, sums):
+    """Sum of a tile's rows that exist, in the precision of where it goes."""
+    return tl.sum(tl.where(exists[:, None], tile, 0.0).to(sums.dtype.element_ty), 0)
+
+
+@triton.jit
 def up_bias_bwd_kernel(
     partial, db, db_up, widths, offsets, row_offsets, num_tiles_n, max_width,
     PARTS: tl.constexpr, WIDTH_ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
@@ -57,8 +63,8 @@ def up_bias_bwd_kernel(
     cols = tile_n * COLUMNS + tl.arange(0, COLUMNS)
     col_mask = cols < width
     sums = partial + row_block_place(expert, row_offsets, BLOCK_M) * (PARTS * max_width) + cols
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    total_up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], partial.dtype.element_ty)
+    total_up = tl.zeros([ROWS, COLUMNS], partial.dtype.element_ty)
     num_blocks = tl.cdiv(count, BLOCK_M)
     for first in range(0, num_blocks, ROWS):
         block = first + tl.arange(0, ROWS)
@@ -79,18 +85,19 @@ def down_bias_bwd_kernel(
     dout, topk_weights, db, H, stride_dt, row_to_slot, row_offsets, num_tiles_n,
     TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """db[e, h] = sum over the expert's rows of its slot's weight * dout[token, h]."""
+    """db[e, h] = sum over the expert's rows of its slot's weight * dout[token, h], of fp32 in fp64."""
+    WIDE: tl.constexpr = tl.float64 if dout.dtype.element_ty == tl.float32 else tl.float32
     expert = tl.program_id(0) // num_tiles_n
     cols = tl.program_id(0) % num_tiles_n * COLUMNS + tl.arange(0, COLUMNS)
     first, count = expert_rows(expert, row_offsets)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], WIDE)
     for k in range(0, count, ROWS):
         place = k + tl.arange(0, ROWS)
         exists = place < count
         slots = tl.load(row_to_slot + first + place, mask=exists, other=0)
-        weight = tl.load(topk_weights + slots, mask=exists, other=0).to(tl.float32)
+        weight = tl.load(topk_weights + slots, mask=exists, other=0).to(WIDE)
         d_ptrs = dout + (slots // TOP_K).to(tl.int64)[:, None] * stride_dt + cols[None, :]
-        total += weight[:, None] * tl.load(d_ptrs, mask=exists[:, None] & (cols < H)[None, :], other=0).to(tl.float32)
+        total += weight[:, None] * tl.load(d_ptrs, mask=exists[:, None] & (cols < H)[None, :], other=0).to(WIDE)
     tl.store(db + expert.to(tl.int64) * H + cols, tl.sum(total, 0).to(db.dtype.element_ty), mask=cols < H)
 
 
@@ -127,12 +134,13 @@ def _down_launcher(top_k: int) -> Launcher:
     return Launcher(down_bias_bwd_kernel, **options)
 
 
-def up_bias_partials(routing: Routing, parts: int) -> Tensor:
-    """Room for what `grouped_gemm_dh` sums of the pre-activation's gradient before it is rounded: fp32,
-    `(blocks, parts, max width)`, a sum over each row block."""
+def up_bias_partials(routing: Routing, parts: int, dtype: torch.dtype) -> Tensor:
+    """Room for what `grouped_gemm_dh` sums of the pre-activation's gradient before it is rounded to `dtype`:
+    `(blocks, parts, max width)`, a sum over each row block; fp32, or fp64 for fp32, whose own sums cancel too soon."""
     layout = routing.layout
     blocks = routing.num_rows // BLOCK_M + layout.num_experts
-    return torch.empty(blocks * parts * layout.max_width, dtype=torch.float32, device=routing.topk_ids.device)
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    return torch.empty(blocks * parts * layout.max_width, dtype=wide, device=routing.topk_ids.device)
 
 
 def up_bias_bwd(

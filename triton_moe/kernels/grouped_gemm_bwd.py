@@ -18,7 +18,7 @@ from torch import Tensor
 
 from triton_moe.activations import GATE_ACTIVATION, is_gated
 from triton_moe.kernels.activation import act_fwd, load_pre, store_dpre
-from triton_moe.kernels.bias import bias_dweights, row_block_place
+from triton_moe.kernels.bias import bias_dweights, row_block_place, sum_of_rows
 from triton_moe.kernels.config import (
     BLOCK_M,
     LayoutTables,
@@ -93,9 +93,9 @@ def grouped_gemm_dh_kernel(
         if dbias_partial is not None:
             place = row_block_place(expert, row_offsets, BLOCK_M) + tl.load(entry + 1)
             sums = dbias_partial + place * (PARTS * max_width) + cols
-            tl.store(sums, tl.sum(tl.where(exists[:, None], dgate, 0.0), 0), mask=cols < width)
+            tl.store(sums, sum_of_rows(dgate, exists, sums), mask=cols < width)
             if GATED:
-                tl.store(sums + max_width, tl.sum(tl.where(exists[:, None], dup, 0.0), 0), mask=cols < width)
+                tl.store(sums + max_width, sum_of_rows(dup, exists, sums), mask=cols < width)
     tl.store(dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n, dweight, mask=exists)
 
 

@@ -115,7 +115,7 @@ def gradients(
     need_x, _, need_w1, need_w2, need_w3, need_b1, need_b2, need_b3 = needs
     consume_pre |= not keep_pre
     dpre = pre if consume_pre and _is_largest(pre, x, w1, w2, w3, routing) else torch.empty_like(pre)
-    partials = up_bias_partials(routing, _parts(w3)) if need_b1 or need_b3 else None
+    partials = up_bias_partials(routing, _parts(w3), x.dtype) if need_b1 or need_b3 else None
     act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre, b2, partials)
     if consume_pre and dpre is not pre:
         give_back(pre)
