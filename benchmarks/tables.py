@@ -66,9 +66,12 @@ def machine(row: dict[str, str]) -> str:
 
 
 def machines(rows: Rows) -> str:
-    """That of the last row, and the commits of all."""
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return machine({**rows[-1], "commit": commits})
+    """Each GPU's, by its last row, with the commits of all of its rows."""
+    of_gpu: dict[str, Rows] = {}
+    for row in rows:
+        of_gpu.setdefault(row["gpu"], []).append(row)
+    commits = {gpu: ", ".join(dict.fromkeys(row["commit"] for row in used)) for gpu, used in of_gpu.items()}
+    return "; ".join(machine({**used[-1], "commit": commits[gpu]}) for gpu, used in of_gpu.items())
 
 
 def shape(row: dict[str, str]) -> str:
@@ -85,14 +88,15 @@ def speed(rows: Rows) -> list[Table]:
         used = [row for case in cases for row in case]
         caption = (
             f"Forward / forward and backward in ms beside {name}, bf16, the same router, auxiliary losses off, medians "
-            f"of loops in which the contestants take turns ({machines(used)}; cuBLAS 8192^3 ran at "
-            f"{used[-1]['cublas_8192_tflops']} TFLOP/s, a torch add took {used[-1]['torch_add_us']} us of host time; "
-            f"`benchmarks/results/bench_moe.csv`)."
+            f"of loops in which the contestants take turns ({machines(used)}; in the last line's run cuBLAS 8192^3 ran "
+            f"at {used[-1]['cublas_8192_tflops']} TFLOP/s, a torch add took {used[-1]['torch_add_us']} us of "
+            f"host time; `benchmarks/results/bench_moe.csv`)."
         )
-        body = []
+        body, gpus = [], {row["gpu"] for row in used}
         for case in cases:
             times = {row["contestant"]: f"{row['forward_ms']} / {row['step_ms']}" for row in case}
-            body.append([shape(case[0]), times[OURS], times[rival]])
+            gpu = f" ({case[0]['gpu']})" if len(gpus) > 1 else ""
+            body.append([shape(case[0]) + gpu, times[OURS], times[rival]])
         tables.append(Table(caption, ("T, H, sizes, K, activation", "this project", name), body))
     return tables
 
@@ -207,11 +211,12 @@ def accuracy(rows: Rows) -> list[Table]:
 
 
 def stress(rows: Rows) -> list[Table]:
-    """The last row of each backend."""
+    """Of each backend the last row of those that asked for most draws."""
+    most = {row["backend"]: row for row in sorted(rows, key=lambda row: int(row["asked"]))}
     said = [
         f"backend {row['backend']} {row['draws']} draws, {row['mismatches']} outside the error budget, "
         f"{row['bitwise_differences']} that differed between two runs ({machine(row)})"
-        for row in {row["backend"]: row for row in rows}.values()
+        for row in most.values()
     ]
     return [
         Table(
