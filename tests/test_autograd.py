@@ -27,6 +27,7 @@ def kernels(*args: Any, **kwargs: Any) -> Tensor:
     return moe_mlp(*args, backend="triton", **kwargs)
 
 
+LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
 EXACT, RECOMPUTE = {"activation_memory": "exact"}, {"recompute": True}
 
 
@@ -216,7 +217,8 @@ def test_one_operator_is_two(frozen: tuple[str, ...], used: str, device: str) ->
         for name, leaf in leaves.items():
             leaf.requires_grad_(name not in frozen)
         out, aux, f = layer(leaves["x"])
-        losses = [aux[name] for name in ("router_z_loss", "load_balance_loss", "compute_loss")]
+        assert all(aux[name].requires_grad == ({"x", "router.weight"} - {*frozen} != set()) for name in LOSSES)
+        losses = [aux[name] for name in LOSSES]
         chosen = {"out": [out.sum()], "losses": losses, "both": [out.sum(), *losses]}[used]
         chosen = [result for result in chosen if result.requires_grad]
         if chosen:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from triton_moe.kernels import replay  # noqa: E402
-from triton_moe.kernels.config import capability, on_device  # noqa: E402
+from triton_moe.kernels.config import allows_tf32, capability, on_device  # noqa: E402
 from triton_moe.kernels.launch import Launcher, watching  # noqa: E402
 from triton_moe.kernels.tuning import configure, forget, table  # noqa: E402
 
@@ -119,20 +120,56 @@ def test_arguments_are_told_apart(device: str, repeats: list[None]) -> None:
     assert len(repeats) == 3
 
 
-def never_repeated(function: Any, *args: Tensor) -> list[Any]:
-    """Results of three calls, of which none may be repeated."""
+def three_calls(function: Any, *args: Tensor) -> list[Any]:
+    """Results of as many as it takes to see a call repeated that can be."""
     call = replay.replayed(function)
     return [call(*args) for _ in range(3)]
 
 
 def test_what_pytorch_computes_is_not_repeated(device: str, repeats: list[None]) -> None:
     x, y = normal(64, device), normal(64, device)
-    for result in never_repeated(lambda x, y: add(x.sin(), y), x, y):
+    for result in three_calls(lambda x, y: add(x.sin(), y), x, y):
         assert torch.equal(result, x.sin() + y)
-    for result in never_repeated(lambda x, y: add(x, y.flip(0)), x, y):
+    for result in three_calls(lambda x, y: add(x, y.flip(0)), x, y):
         assert torch.equal(result, x + y.flip(0))
-    never_repeated(lambda x, y: add(x[: 16 + int(y.max() > 100)], y), x, y)  # reads a number back
+    three_calls(lambda x, y: add(x[: 16 + int(y.max() > 100)], y), x, y)  # reads a number back
     assert not repeats
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda y: y.t().contiguous(),
+    "reshape": lambda y: y.t().reshape(4096),
+    "to": lambda y: y.to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_copies_are_not_taken_for_views(copy: str, device: str, repeats: list[None]) -> None:
+    """In inference mode PyTorch shows these operators themselves, of which it says that they make views. What they make
+    may lie where a tensor before it was."""
+
+    def with_copy(y: Tensor, x: Tensor) -> Tensor:
+        torch.empty_like(x)  # whose memory is free again
+        return add(COPIES[copy](y), x)
+
+    call, x = replay.replayed(with_copy), normal(4096, device)
+    with torch.inference_mode():
+        for _ in range(4):
+            y = normal(4096, device).view(64, 64).to(torch.float16 if copy == "to" else torch.float32)
+            assert torch.equal(call(y, x).flatten(), COPIES[copy](y).flatten() + x)
+    assert not repeats
+
+
+def test_a_switch_of_pytorch_that_hides_another(device: str) -> None:
+    """Once fp32's precision is set for one backend, PyTorch no longer says what it is in general."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert allows_tf32()
+        run(moe_mlp, inputs_for(CASES[0], torch.float16, device), backend="triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert not allows_tf32()
 
 
 def test_products_are_repeated(device: str, repeats: list[None]) -> None:
@@ -147,7 +184,7 @@ def test_products_are_repeated(device: str, repeats: list[None]) -> None:
         x, y = normal(64, device).view(8, 8), normal(64, device).view(8, 8)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(call(x, y), products(x, y), strict=True))
         assert len(repeats) == max(0, number - 1)
-    for result in never_repeated(lambda x, y: torch.mm(x[4:], y), x, y):
+    for result in three_calls(lambda x, y: torch.mm(x[4:], y), x, y):
         assert torch.equal(result, x[4:] @ y)
     assert len(repeats) == 2
 
@@ -156,20 +193,36 @@ def test_memory_of_nobodys_is_not_repeated(device: str, repeats: list[None]) -> 
     """A pointer into a tensor from elsewhere, or an argument that is handed back: nobody says what the next call's is.
     A table of constants is the same for every call."""
     x, elsewhere = normal(64, device), normal(64, device)
-    for result in never_repeated(lambda x: add(x, elsewhere), x):
+    for result in three_calls(lambda x: add(x, elsewhere), x):
         assert torch.equal(result, x + elsewhere)
-    never_repeated(lambda x: (add(x, x), x), x)
-    never_repeated(lambda x: add(x, x)[:32], x)
+    three_calls(lambda x: (add(x, x), x), x)
+    three_calls(lambda x: add(x, x)[:32], x)
     assert not repeats
     (constants,) = on_device([[1.0] * 64], torch.float32, torch.device(device, 0) if device == "cuda" else x.device)
-    for result in never_repeated(lambda x: add(x, constants), x):
+    for result in three_calls(lambda x: add(x, constants), x):
         assert torch.equal(result, x + 1)
     assert len(repeats) == 1
 
 
+def test_tensors_of_a_subclass_are_not_repeated(device: str, repeats: list[None]) -> None:
+    """Nor kept."""
+
+    class Special(torch.nn.Parameter):
+        pass
+
+    x = Special(normal(64, device), requires_grad=False)
+    for result in three_calls(lambda x: add(x, x), x):
+        assert torch.equal(result, x + x)
+    assert not repeats
+    gone = weakref.ref(x)
+    del x, result
+    gc.collect()
+    assert gone() is None
+
+
 def test_arguments_that_overlap_are_not_repeated(device: str, repeats: list[None]) -> None:
     memory = normal(128, device)
-    for result in never_repeated(add, memory[:64], memory[32:96]):
+    for result in three_calls(add, memory[:64], memory[32:96]):
         assert torch.equal(result, memory[:64] + memory[32:96])
     assert not repeats
 

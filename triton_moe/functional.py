@@ -323,13 +323,16 @@ def moe_layer(
     """A router and its experts with one node in autograd's graph, which is half the host time of two.
 
     `x (T, H)`, the router as in `route_tokens`, the experts as in `moe_mlp`. Returns the output, then the fields of a
-    `RouterOutput`; None where nothing is differentiated or the kernels do not run. Not for autocast.
+    `RouterOutput`, of which only the losses are differentiable here; None where nothing is differentiated or the
+    kernels do not run. Not for autocast.
     """
     operands = (x, router_weight, bias, w1, w2, w3, b1, b2, b3)
     is_differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     if not (is_differentiated and runs_kernels(x.device, x.dtype, backend)):
         return None
     check_router_input(x, router_weight, bias, layout, num_active_experts)
+    if x.shape[0] * num_active_experts > _MAX_SLOTS:
+        _fail("x", f"at most {_MAX_SLOTS} slots", x.shape[0] * num_active_experts)
     hidden_size, gated = x.shape[1], is_gated(activation)
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
     _check_biases(b1, b2, b3, x, hidden_size, layout, gated)

@@ -148,6 +148,9 @@ class MoEMLP(Experts, BiasBalanced):
     with balancing the buffers `expert_bias` and `expert_bias_momentum`, `(E)` fp32, and with a shared expert its
     weights, `shared.w1` and so on.
 
+    On the kernels the output and the losses are one node of autograd's graph: differentiate them together, as a
+    training step does, or one after the other with `retain_graph=True`.
+
     A model built on the meta device becomes real by `to_empty`, then `init_params()` and `_init_buffers()`.
     """
 

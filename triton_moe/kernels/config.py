@@ -47,12 +47,20 @@ _FP64_TENSOR_CORES = (8, 0), (9, 0)
 """Compute capabilities whose tensor cores multiply fp64 at the rate of fp32 without them."""
 
 
+def allows_tf32() -> bool:
+    """Whether the user lets fp32 be multiplied as tf32 on CUDA, by either of PyTorch's switches."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # PyTorch does not answer once `torch.backends.cuda.matmul.fp32_precision` has been set
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def input_precision(dtype: torch.dtype, device: torch.device) -> str:
     """How a GEMM multiplies: "tf32" if the user allows it (`torch.set_float32_matmul_precision`) for fp32, which is
     multiplied exactly otherwise, and also summed so ("fp64") where the device has the means."""
     if dtype != torch.float32:
         return "ieee"
-    if torch.get_float32_matmul_precision() != "highest":
+    if allows_tf32():
         return "tf32"
     return "fp64" if capability(device) in _FP64_TENSOR_CORES else "ieee"
 

@@ -52,6 +52,9 @@ class Watcher(Protocol):
     def launched(self, launch: Launch | None) -> None:
         """A kernel was launched so; None: in a way that cannot be repeated."""
 
+    def gave_back(self, address: int) -> None:
+        """The memory of the tensor that begins there was given back."""
+
 
 class _Watching(threading.local):
     by: Watcher | None = None

@@ -3,9 +3,9 @@
 Which tiles a kernel gets, how large a buffer is, what is launched and in which order follow from shapes, strides,
 dtypes and options, never from values, which the host does not see. So a call is watched once: a dispatch mode sees
 which memory it asks PyTorch for and which products, the launchers tell what they launch. Further calls of its kind do
-the same in the same order and work out nothing. Not repeatable, and so never recorded, is a call in which PyTorch
-computes anything else, whose arguments overlap, or that uses a pointer neither into an argument, nor into new memory,
-nor to a table.
+the same in the same order and work out nothing. Not repeatable, and so not recorded, is a call in which PyTorch
+computes or copies anything else, whose arguments overlap, or that uses a pointer neither into an argument, nor into new
+memory that is still there, nor to a table.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_moe.kernels.config import is_table
+from triton_moe.kernels.config import allows_tf32, is_table
 from triton_moe.kernels.launch import STREAM, Launch, current_stream, is_hooked, moved, watching
 from triton_moe.kernels.tuning import forget_when_configured
 
@@ -74,13 +75,33 @@ def _is_constant(address: int) -> bool:
     return not address or is_table(address)
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Address of the first byte, and of the one after the last."""
-    start = tensor.data_ptr()
-    if not tensor.numel():
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
+class _Value(NamedTuple):
+    """A tensor that is there while the call is watched."""
+
+    start: int
+    end: int
+    """Addresses of its first byte, and of the one after the last."""
+    shape: tuple[torch.Size, tuple[int, ...]]
+    """Size and strides."""
+    dtype: torch.dtype
+    tensor: weakref.ref[Tensor]
+    storage: StorageWeakRef
+
+
+def _value(tensor: Tensor) -> _Value:
+    start, size, stride = tensor.data_ptr(), tensor.shape, tensor.stride()
+    last = sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    end = start + (last + 1) * tensor.element_size() if tensor.numel() else start
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return _Value(start, end, (size, stride), tensor.dtype, weakref.ref(tensor), storage)
+
+
+def _is_view(result: Any, args: tuple) -> bool:
+    """Whether an operator, of which PyTorch says that it makes views, has copied nothing: it may have, `contiguous` and
+    `to` among them, where autograd is out of the way."""
+    storages = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return all(tensor.untyped_storage()._cdata in storages for tensor in results)
 
 
 class Recording(TorchDispatchMode):
@@ -88,23 +109,24 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         super().__init__()
-        self._num_arguments = self._num_values = len(arguments)
+        self._device = arguments[0].device
+        self._num_arguments = len(arguments)
+        self._values = [_value(tensor) for tensor in arguments]
+        self._given_back: set[int] = set()
         self._steps: list[_Step] = []
         self._allocations: list[_Allocation] = []
         """Those since the last launch."""
-        self._memory = [(*_span(tensor), value) for value, tensor in enumerate(arguments)]
-        """Latest last: what is let go may be another's next."""
-        self._shapes = [(tensor.shape, tensor.stride()) for tensor in arguments]
-        spans = sorted(span for span in self._memory if span[0] < span[1])
+        spans = sorted(value[:2] for value in self._values if value.start < value.end)
         self.is_repeatable = all(a[1] <= b[0] or a[0] == b[0] for a, b in itertools.pairwise(spans))
         self._autocasts = torch._C._is_any_autocast_enabled()
-        self._created: list[weakref.ref[Tensor]] = []
+        self._num_new = 0
         self._results: tuple[type, list[int]] | None = None
         """What the call returns: a tuple, a list, or a tensor; the values in it, -1 for None."""
 
     def __enter__(self):
+        super().__enter__()
         watching.by = self
-        return super().__enter__()
+        return self
 
     def __exit__(self, *exception: Any) -> None:
         watching.by = None
@@ -116,34 +138,32 @@ class Recording(TorchDispatchMode):
             return result
         if func.overloadpacket in _ALLOCATIONS:
             size = tuple(result.shape)  # PyTorch takes a torch.Size more slowly
-            self._allocations.append(_Allocation(self._num_values, size, result.stride(), result.dtype))
-            self._add_value(result)
+            self._allocations.append(_Allocation(len(self._values), size, result.stride(), result.dtype))
+            self._add(result)
         elif func in _COMPUTATIONS and not any(isinstance(arg, Tensor) for arg in (kwargs or {}).values()):
             self._computed(functools.partial(func, **kwargs) if kwargs else func, args, result)
-        elif not func.is_view:
+        elif not (func.is_view and _is_view(result, args)):
             self.is_repeatable = False
         return result
 
-    def _add_value(self, tensor: Tensor) -> None:
-        self._memory.append((*_span(tensor), self._num_values))
-        self._shapes.append((tensor.shape, tensor.stride()))
-        self._created.append(weakref.ref(tensor))
-        self._num_values += 1
+    def _add(self, tensor: Tensor) -> None:
+        self.is_repeatable &= tensor.device == self._device
+        self._values.append(_value(tensor))
 
     def _computed(self, function: Callable[..., Any], args: tuple, result: Tensor) -> None:
         self.is_repeatable &= not self._autocasts  # which would cast operands once more
         operands = []
         for place, arg in enumerate(args):
             if isinstance(arg, Tensor):
-                value, offset = self._find(arg.data_ptr())
-                self.is_repeatable &= value >= 0 and offset == 0
-                shape = arg.shape, arg.stride()
-                operands.append((place, value, None if shape == self._shapes[value] else shape))
+                number, offset = self._find(arg.data_ptr())
+                value, shape = self._values[number], (arg.shape, arg.stride())
+                self.is_repeatable &= number >= 0 and offset == 0 and arg.dtype == value.dtype
+                operands.append((place, number, None if shape == value.shape else shape))
         arguments = [None if isinstance(arg, Tensor) else arg for arg in args]
-        step = _Step(self._allocations, function, arguments, [], [], operands, self._num_values, [], [])
+        step = _Step(self._allocations, function, arguments, [], [], operands, len(self._values), [], [])
         self._steps.append(step)
         self._allocations = []
-        self._add_value(result)
+        self._add(result)
 
     def launched(self, launch: Launch | None) -> None:
         """A launcher made a launch; None: one that cannot be repeated."""
@@ -165,51 +185,55 @@ class Recording(TorchDispatchMode):
 
     def gave_back(self, address: int) -> None:
         """The call gave back the memory of the tensor that begins there."""
-        value, _ = self._find(address)
-        if value < 0 or not self._steps:
+        number, _ = self._find(address)
+        if number < 0 or not self._steps:
             self.is_repeatable = False
-        elif value < self._num_arguments:
-            self._steps[-1].given_back.append(value)
-            self._memory = [span for span in self._memory if span[2] != value]
+            return
+        self._given_back.add(number)
+        if number < self._num_arguments:
+            self._steps[-1].given_back.append(number)
 
     def _find(self, address: int) -> tuple[int, int]:
-        """The value that an address is in, -1 if it is in none, and how many bytes into it."""
-        for start, end, value in reversed(self._memory):
-            if start <= address < end:
-                return value, address - start
+        """The number of the value that an address is in, -1 if it is in none that is still there, and how many bytes
+        into it."""
+        for number, value in enumerate(self._values):
+            if value.start <= address < value.end and not value.storage.expired() and number not in self._given_back:
+                return number, address - value.start
         return -1, 0
 
     def finish(self, result: Any) -> None:
-        """Note what the call returned: new tensors and Nones."""
-        created = [reference() for reference in self._created]
-        values = []
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            same = [value for value, other in enumerate(created, self._num_arguments) if other is tensor]
-            values.append(-1 if tensor is None else same[0] if same else None)
-        self.is_repeatable &= None not in values
+        """Note what the call returned: a new tensor, or a tuple or list of new tensors and Nones."""
+        kind = type(result)
+        tensors = [value.tensor() for value in self._values]
+        numbers = []
+        for tensor in result if kind in (tuple, list) else (result,):
+            same = [n for n, other in enumerate(tensors) if other is tensor and n >= self._num_arguments]
+            numbers.append(-1 if tensor is None else same[0] if same else None)
+        self.is_repeatable &= None not in numbers
         if self._allocations:
             nothing: list[Any] = [None] * (STREAM + 1)
             self._steps.append(_Step(self._allocations, _launch_nothing, nothing, [], [], [], None, [], []))
-        self._results = type(result), values
+        self._results = kind, numbers
+        self._num_new = len(self._values) - self._num_arguments
         last_use: dict[int, _Step] = {}
         for step in self._steps:
             uses = (*step.pointers, *step.descriptors, *step.operands)
-            last_use |= {value: step for _, value, *_ in uses}
-        for value, step in last_use.items():
-            if value >= self._num_arguments and value not in values:
-                step.unused.append(value)
-        self._memory, self._created, self._shapes = [], [], []
+            last_use |= {number: step for _, number, *_ in uses}
+        for number, step in last_use.items():
+            if number >= self._num_arguments and number not in numbers:
+                step.unused.append(number)
+        self._values = []
 
     def repeat(self, arguments: list[Tensor], addresses: list[int]) -> Any:
         """The call with other arguments of its kind, which are at these addresses."""
         device = arguments[0].device
         stream = current_stream(device.index) if device.index is not None else None
-        new: list[Any] = [None] * (self._num_values - len(arguments))
+        new: list[Any] = [None] * self._num_new
         values, addresses = [*arguments, *new], [*addresses, *new]
         for allocations, run, known, pointers, descriptors, operands, result, given_back, unused in self._steps:
             for value, size, stride, dtype in allocations:
-                values[value] = tensor = torch.empty_strided(size, stride, dtype=dtype, device=device)
-                addresses[value] = tensor.data_ptr()
+                values[value] = torch.empty_strided(size, stride, dtype=dtype, device=device)
+                addresses[value] = values[value].data_ptr()
             given = known.copy()
             if result is None:
                 given[STREAM] = stream
@@ -221,8 +245,9 @@ class Recording(TorchDispatchMode):
             else:
                 for place, value, shape in operands:
                     given[place] = values[value] if shape is None else values[value].as_strided(*shape)
-                values[result] = tensor = run(*given)
-                addresses[result] = tensor.data_ptr()
+                values[result] = run(*given)
+                addresses[result] = values[result].data_ptr()
+            given.clear()  # it may hold what is let go here
             for value in given_back:
                 values[value].untyped_storage().resize_(0)
             for value in unused:
@@ -244,7 +269,8 @@ def replayed(function: Function) -> Function:
     """Record the second call of each kind of a function of tensors and options, and repeat it from then on.
 
     The function launches kernels, multiplies and allocates; it returns a new tensor, or a tuple or list of new tensors
-    and Nones.
+    and Nones. Calls with tensors that are not aligned to 16 bytes, on another device than the current one, or of a
+    subclass, within another that is being recorded, and under a profiler's hooks are made as they stand.
     """
     known: dict[tuple, Any] = {}
     """A kind's recording, `_SEEN` once before there is one, None if there can be none."""
@@ -253,7 +279,7 @@ def replayed(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         arguments, addresses, bits = [], [], 0
-        kind: list[Any] = [torch.get_float32_matmul_precision(), torch._C._is_any_autocast_enabled()]
+        kind: list[Any] = [allows_tf32(), torch._C._is_any_autocast_enabled()]
         for arg in args:
             if arg.__class__ in _TENSORS:
                 address = arg.data_ptr()
@@ -261,6 +287,8 @@ def replayed(function: Function) -> Function:
                 addresses.append(address)
                 bits |= address
                 kind.append((arg.shape, arg.stride(), arg.dtype))
+            elif isinstance(arg, Tensor):  # a subclass's: nobody knows what it makes of a call
+                return function(*args, **options)
             else:
                 kind.append(tuple(arg) if arg.__class__ is list else arg)
         kind += options.values()

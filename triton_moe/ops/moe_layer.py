@@ -107,11 +107,12 @@ _moe_layer_backward = Operator(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, router_weight, _, *weights = inputs[:9]
     ctx.widths, *ctx.options = inputs[9:]
-    _, topk_weights, topk_ids, f, load, _, _, _, logits_abs_max, logits_mean, logits, pre, packed = output
+    _, topk_weights, topk_ids, f, load, *losses, logits_abs_max, logits_mean, logits, pre, packed = output
     ctx.consumed = False
     ctx.set_materialize_grads(False)
     saved = topk_weights, topk_ids, load, logits, pre, packed
-    ctx.mark_non_differentiable(f, logits_abs_max, logits_mean, *saved)
+    constant = () if any(ctx.needs_input_grad[:2]) else losses
+    ctx.mark_non_differentiable(f, logits_abs_max, logits_mean, *saved, *constant)
     ctx.save_for_backward(x, router_weight, *weights, *saved)
 
 
@@ -142,4 +143,5 @@ moe_layer = Operator(
     _setup_context,
     _backward,
 )
-"""Arguments, checked: see the schema. -> output, the fields of a `RouterOutput`, and what is kept for backward."""
+"""Arguments, checked: see the schema. -> output, the fields of a `RouterOutput`, and what is kept for backward. The
+output and the three losses are differentiable."""
