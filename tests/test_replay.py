@@ -1,6 +1,8 @@
 """Calls that repeat what the host did for one like them: the same bits, no more memory, and only where that is safe."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -269,6 +271,23 @@ def test_another_configuration_is_another_call(device: str, repeats: list[None])
     configure("up", capability(x.device), table()["any", "up"])
     call(x, x)
     assert len(repeats) == 1
+
+
+def test_a_recording_does_not_import_torch_compile() -> None:
+    """Which takes seconds of a first step."""
+    program = """
+import sys, torch
+from triton_moe import MoEConfig, MoEMLP
+layer = MoEMLP(MoEConfig([(2, 16)], 1, 16, backend="triton"), device=sys.argv[1])
+for _ in range(3):
+    layer(torch.ones(2, 16, device=sys.argv[1]))[0].sum().backward()
+from triton_moe.ops.moe_layer import _forward
+(known,) = [cell.cell_contents for cell in _forward.__closure__ if isinstance(cell.cell_contents, dict)]
+assert any(known.values()), known
+assert "torch._dynamo" not in sys.modules
+"""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subprocess.run([sys.executable, "-c", program, device], check=True)
 
 
 def test_an_error_ends_the_watch(device: str, repeats: list[None]) -> None:

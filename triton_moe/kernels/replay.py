@@ -123,6 +123,11 @@ class Recording(TorchDispatchMode):
         self._results: tuple[type, list[int]] | None = None
         """What the call returns: a tuple, a list, or a tensor; the values in it, -1 for None."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: PyTorch would import all of torch.compile for it, which takes seconds. What runs here is never traced."""
+        return False
+
     def __enter__(self):
         super().__enter__()
         watching.by = self
