@@ -320,7 +320,7 @@ def moe_layer(
     activation_memory: str = "bounded",
     recompute: bool = False,
 ) -> tuple[Tensor, ...] | None:
-    """A router and its experts with one node in autograd's graph, which is half the host time of two.
+    """A router and its experts with one node in autograd's graph, which costs the host less than two.
 
     `x (T, H)`, the router as in `route_tokens`, the experts as in `moe_mlp`. Returns the output, then the fields of a
     `RouterOutput`, of which only the losses are differentiable here; None where nothing is differentiated or the

@@ -34,8 +34,10 @@ _ALLOCATIONS = frozenset(
 
 
 _NEW, _SEEN = object(), object()
+"""A kind's state before its first call, and before its second."""
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _COMPUTATIONS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.mm.dtype, torch.ops.aten.add.Tensor))
+"""Operators of PyTorch that a call may repeat: what they make depends on nothing but their operands."""
 
 
 class _Allocation(NamedTuple):
