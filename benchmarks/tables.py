@@ -221,7 +221,7 @@ def stress(rows: Rows) -> list[Table]:
     return [
         Table(
             f"Random layers and routings, forward and backward, each against the oracle and run twice: "
-            f"{'; '.join(said)} (`stress.csv`)."
+            f"{'; '.join(said)} (`stress.csv`; dev/LOG.md says of each one outside why)."
         )
     ]
 
