@@ -142,7 +142,7 @@ def measured(trainings: dict[str, Training], effort: Effort) -> list[dict[str, o
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Training steps with our experts and PyTorch's; to bench_train.csv.")
     parser.add_argument("--config", type=Path, help="JSON file of options of examples/train_gpt.py")
-    parser.add_argument("--compile", choices=("blocks", "model"), help="what is compiled in one piece")
+    parser.add_argument("--compile", choices=("blocks", "model", "graph"), help="as of examples/train_gpt.py")
     parser.add_argument("--data", type=Path, help="text, as of examples/train_gpt.py")
     parser.add_argument("--repeats", type=int, default=7, help="rounds in which the contestants take turns")
     parser.add_argument("--quick", action="store_true", help="a tiny model, for the CPU")

@@ -19,7 +19,7 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
     "balancing": ("none", "smebu", "sign"),
     "precision": ("bf16", "fp32"),
-    "compile": ("off", "blocks", "model"),
+    "compile": ("off", "blocks", "model", "graph"),
 }
 
 
@@ -60,7 +60,8 @@ class Config:
     """grouped_mm: PyTorch's grouped GEMM, padded to the widest expert, in place of ours."""
     precision: str = "bf16"
     compile: str = "blocks"
-    """blocks: torch.compile of a block, which all blocks share; model: of all of them at once."""
+    """blocks: torch.compile of a block, which all blocks share; model: of all of them at once; graph: of a block, and
+    forward and backward are captured as a CUDA graph, which no host is late for."""
     backend: str = "auto"
     """Of our experts: one of `triton_moe.functional.BACKENDS`."""
     seed: int = 0

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bpe import Tokens
+from capture import CapturedMicroStep
 from gpt import GPT, GPTOutput, MoE, active_parameters, flops_per_token
 from optimizers import optimizers
 from padded_experts import PaddedMoEMLP
@@ -49,6 +50,7 @@ CHECKPOINT, TOKENIZER, RESULT, PLOT = "checkpoint.safetensors", "tokenizer.json"
 EXPERTS: dict[str, MoE] = {"triton": MoEMLP, "grouped_mm": PaddedMoEMLP}
 FINAL_SHARE = 0.1
 """Of the peak learning rate, at the last step."""
+STEPS_BEFORE_CAPTURE = 2
 REPORT_EVERY = 10
 """Steps between two looks at the loss, each of which waits for the device."""
 
@@ -76,6 +78,8 @@ class Training:
     def __init__(self, config: Config, tokens: Tokens, device: torch.device, moe: MoE | None = None) -> None:
         """`moe` builds the MoE layers in place of what the config says."""
         tokens.check_context(config.context)
+        if config.compile == "graph" and device.type != "cuda":
+            raise ValueError(f"compile: expected off, blocks or model on {device.type}, got 'graph'")
         self.config, self.tokens, self.device = config, tokens, device
         torch.manual_seed(config.seed)
         self.model = GPT(config.gpt, moe or EXPERTS[config.experts]).to(device)
@@ -86,30 +90,46 @@ class Training:
         self.done = 0
         self.usage: list[Tensor] = []
         """Of each step, (MoE blocks, E) fp32 on the device."""
+        self._steps_before_capture = STEPS_BEFORE_CAPTURE
+        self._captured: CapturedMicroStep | None = None
 
-    def forward(self, sequences: Tensor) -> GPTOutput:
-        """`sequences (B, L + 1)`, on the CPU."""
+    def on_device(self, sequences: Tensor) -> Tensor:
         if self.device.type == "cuda":
             sequences = sequences.pin_memory()  # without it the copy would wait for the steps before
-        sequences = sequences.to(self.device, non_blocking=True)
+        return sequences.to(self.device, non_blocking=True)
+
+    def forward(self, sequences: Tensor) -> GPTOutput:
+        """`sequences (B, L + 1)`"""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.model(sequences[:, :-1], sequences[:, 1:])
 
+    def micro_step(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to the gradients. -> the loss, nats a token, and how often each block's experts were chosen."""
+        config, out = self.config, self.forward(sequences)
+        total = out.loss + config.load_balance_weight * out.load_balance_loss
+        total = total + config.router_z_weight * out.router_z_loss + config.compute_weight * out.compute_loss
+        (total / config.accumulation).backward()
+        return out.loss.detach(), out.usage.detach()
+
+    def _run(self, sequences: Tensor) -> tuple[Tensor, ...]:
+        """`micro_step`, captured after some steps, at the beginning of one."""
+        if self.config.compile == "graph" and self._captured is None and self._steps_before_capture == 0:
+            adds_up = self.config.accumulation > 1
+            self._captured = CapturedMicroStep(self.micro_step, self.model, sequences, adds_up)
+        return (self._captured or self.micro_step)(sequences)
+
     def step(self) -> Tensor:
         """One step of the optimizer; its loss, nats a token, stays on the device."""
-        config = self.config
-        losses, usage = [], []
+        config, of_micro_steps = self.config, []
         for micro in range(config.accumulation):
             first = (self.done * config.accumulation + micro) * config.batch_size
-            out = self.forward(self.tokens.batch(first, config.batch_size, config.context, config.seed))
-            total = out.loss + config.load_balance_weight * out.load_balance_loss
-            total = total + config.router_z_weight * out.router_z_loss + config.compute_weight * out.compute_loss
-            (total / config.accumulation).backward()
-            losses.append(out.loss.detach())
-            usage.append(out.usage.detach())
+            batch = self.tokens.batch(first, config.batch_size, config.context, config.seed)
+            of_micro_steps.append(self._run(self.on_device(batch)))
         self.update()
+        losses, usage = zip(*of_micro_steps, strict=True)
         self.usage.append(torch.stack(usage).mean(0))
         self.done += 1
+        self._steps_before_capture -= 1
         return torch.stack(losses).mean()
 
     def update(self) -> None:
@@ -119,7 +139,8 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.done, self.config)
             optimizer.step()
-        self.model.zero_grad()
+        if self._captured is None or self._captured.adds_up:
+            self.model.zero_grad(set_to_none=self._captured is None)
         update_expert_biases(self.model)
 
     @torch.no_grad()
@@ -128,7 +149,7 @@ class Training:
         self.model.eval()
         batches = windows(self.tokens.held_out, self.config.context, most).split(self.config.batch_size)
         with torch.compiler.set_stance("force_eager"):
-            losses = [self.forward(batch).loss * batch.shape[0] for batch in batches]
+            losses = [self.forward(self.on_device(batch)).loss * batch.shape[0] for batch in batches]
         self.model.train()
         return float(torch.stack(losses).sum()) / sum(batch.shape[0] for batch in batches)
 

@@ -345,6 +345,35 @@ class TestTraining:
         assert compiled.held_out_loss(4) == pytest.approx(eager.held_out_loss(4), rel=1e-4)
         assert len(graphs) == 2  # a block, the head
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"accumulation": 2, "optimizer": "muon", "balancing": "smebu"},
+            {"experts": "grouped_mm", "precision": "bf16"},
+        ],
+        ids=str,
+    )
+    def test_captured_steps_are_the_steps(
+        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    ) -> None:
+        torch.compiler.reset()
+        real: Callable[..., Any] = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **kwargs: real(f, backend="eager", **kwargs))
+        config = dataclasses.replace(TINY, **changes)
+        plain, captured = (
+            Training(dataclasses.replace(config, compile=how), tokens, torch.device("cuda"))
+            for how in ("blocks", "graph")
+        )
+        tolerance = 1e-4 if config.precision == "fp32" else 1e-2
+        for _ in range(config.steps):
+            torch.testing.assert_close(captured.step(), plain.step(), rtol=tolerance, atol=0)
+        weights = zip(captured.model.parameters(), plain.model.parameters(), strict=True)
+        assert all((a - b).norm() < 0.02 * b.norm() for a, b in weights)
+        torch.testing.assert_close(captured.usage, plain.usage, rtol=0, atol=0.02)
+        assert captured.held_out_loss(4) == pytest.approx(plain.held_out_loss(4), rel=tolerance)
+
 
 class TestMeasure:
     def test_tokens_per_second_and_mfu(self) -> None:
@@ -384,7 +413,7 @@ class TestErrors:
             ({"experts": "scatter"}, "experts: expected one of triton, grouped_mm, got 'scatter'"),
             ({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"),
             ({"balancing": None}, "balancing: expected one of none, smebu, sign, got None"),
-            ({"compile": True}, "compile: expected one of off, blocks, model, got True"),
+            ({"compile": True}, "compile: expected one of off, blocks, model, graph, got True"),
             ({"steps": 0}, "steps: expected an integer of 1 or more, got 0"),
             ({"accumulation": 1.5}, "accumulation: expected an integer of 1 or more, got 1.5"),
             ({"seed": -1}, "seed: expected an integer of 0 or more, got -1"),
@@ -402,6 +431,10 @@ class TestErrors:
     def test_config(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=f"^{message}"):
             Config.from_dict({**dataclasses.asdict(TINY), **changes})
+
+    def test_a_graph_needs_cuda(self, tokens: Tokens) -> None:
+        with pytest.raises(ValueError, match=r"^compile: expected off, blocks or model on cpu, got 'graph'"):
+            Training(dataclasses.replace(TINY, compile="graph"), tokens, CPU)
 
     def test_command_line(self, tmp_path: Path, tokens: Tokens, capsys: pytest.CaptureFixture[str]) -> None:
         def error_of(*arguments: str) -> str:
