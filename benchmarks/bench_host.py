@@ -4,7 +4,9 @@
 
 On small shapes the device works for a tenth of a millisecond, and the rest is launching. `forward` records a graph for
 backward; `step` is that and the backward pass, from gradients of the output and the losses, into gradients that were
-None. The graphs are captured once and replayed.
+None. The graphs are captured once and replayed. `step_one_thread` is a step whose backward pass runs in the thread that
+asks for it (`torch.autograd.set_multithreading_enabled(False)`), `identity_step` one of a function that does nothing,
+written in Python as the layer's is: what PyTorch takes for any.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import CASES, BenchCase
 from results import append, folder, provenance, text
 from timing import QUICK, Call, captured, ceilings, launches, wall_times
+from torch import Tensor
 
 from triton_moe import MoEMLP
 
@@ -47,9 +51,41 @@ def calls_of(case: BenchCase, dtype: torch.dtype, device: torch.device) -> tuple
     return forward, step
 
 
+class Identity(torch.autograd.Function):
+    """Nothing, forward and back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:  # type: ignore[override]
+        return dout
+
+
+def identity_step(device: torch.device) -> Call:
+    x = torch.randn(8, device=device, requires_grad=True)
+    dout = torch.randn(8, device=device)
+
+    def step() -> None:
+        x.grad = None
+        torch.autograd.backward(Identity.apply(x), dout)
+
+    return step
+
+
+def in_one_thread(call: Call) -> Call:
+    def run() -> None:
+        with torch.autograd.set_multithreading_enabled(False):
+            call()
+
+    return run
+
+
 def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bool) -> dict:
     forward, step = calls_of(case, dtype, device)
-    calls = {"forward": forward, "step": step}
+    calls = {"forward": forward, "step": step, "step_one_thread": in_one_thread(step)}
+    calls["identity_step"] = identity_step(device)
     if device.type == "cuda":
         forward()
         step()
@@ -63,7 +99,7 @@ def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bo
         "sizes": "+".join(f"{count}x{width}" for count, width in config.expert_sizes),
         "K": config.num_active_experts,
         "dtype": str(dtype).removeprefix("torch."),
-        **{name: times.get(name) for name in ("forward_ms", "step_ms", "graph_forward_ms", "graph_step_ms")},
+        **{f"{name}_ms": times.get(f"{name}_ms") for name in (*calls, "graph_forward", "graph_step")},
     }
 
 

@@ -171,16 +171,20 @@ def host(rows: Rows) -> list[Table]:
     """A line a case: eager and as a CUDA graph."""
     used = [case[-1] for case in newest_of_each_case(rows, ("",))]
     caption = (
-        f"Small shapes with the three losses, where the host decides: forward / forward and backward in ms, and kernel "
-        f"launches ({machines(used)}; a torch add took {used[-1]['torch_add_us']} us of host time; `bench_host.csv`)."
+        f"Small shapes with the three losses, where the host decides: forward / forward and backward in ms (then with "
+        f"the backward pass in the caller's thread, and a step of PyTorch's for a function that does nothing), and "
+        f"kernel launches ({machines(used)}; a torch add took {used[-1]['torch_add_us']} us of host time; "
+        f"`bench_host.csv`)."
     )
-    columns = (
-        ("forward_ms", "step_ms"),
-        ("graph_forward_ms", "graph_step_ms"),
-        ("launches_forward", "launches_step"),
-    )
-    body = [[shape(row), *(f"{row[a]} / {row[b]}" for a, b in columns)] for row in used]
-    return [Table(caption, ("T, H, sizes, K", "eager", "CUDA graph", "launches"), body)]
+    columns = {
+        "eager": ("forward_ms", "step_ms"),
+        "one thread": ("step_one_thread_ms",),
+        "nothing": ("identity_step_ms",),
+        "CUDA graph": ("graph_forward_ms", "graph_step_ms"),
+        "launches": ("launches_forward", "launches_step"),
+    }
+    body = [[shape(row), *(" / ".join(row[name] for name in names) for names in columns.values())] for row in used]
+    return [Table(caption, ("T, H, sizes, K", *columns), body)]
 
 
 def decode(rows: Rows) -> list[Table]:

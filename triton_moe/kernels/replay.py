@@ -36,8 +36,14 @@ _ALLOCATIONS = frozenset(
 _NEW, _SEEN = object(), object()
 """A kind's state before its first call, and before its second."""
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_COMPUTATIONS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.mm.dtype, torch.ops.aten.add.Tensor))
-"""Operators of PyTorch that a call may repeat: what they make depends on nothing but their operands."""
+_COMPUTATIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.mm.dtype: torch.mm,
+    torch.ops.aten.add.Tensor: torch.add,
+    torch.ops.aten.addmm_.default: Tensor.addmm_,
+}
+"""Operators of PyTorch that a call may repeat, as what they make depends on nothing but their operands, and a way to
+them that costs less host time."""
 
 
 class _Allocation(NamedTuple):
@@ -148,7 +154,8 @@ class Recording(TorchDispatchMode):
             self._allocations.append(_Allocation(len(self._values), size, result.stride(), result.dtype))
             self._add(result)
         elif func in _COMPUTATIONS and not any(isinstance(arg, Tensor) for arg in (kwargs or {}).values()):
-            self._computed(functools.partial(func, **kwargs) if kwargs else func, args, result)
+            function = _COMPUTATIONS[func]
+            self._computed(functools.partial(function, **kwargs) if kwargs else function, args, result)
         elif not (func.is_view and _is_view(result, args)):
             self.is_repeatable = False
         return result
@@ -167,10 +174,12 @@ class Recording(TorchDispatchMode):
                 self.is_repeatable &= number >= 0 and offset == 0 and arg.dtype == value.dtype
                 operands.append((place, number, None if shape == value.shape else shape))
         arguments = [None if isinstance(arg, Tensor) else arg for arg in args]
-        step = _Step(self._allocations, function, arguments, [], [], operands, len(self._values), [], [])
-        self._steps.append(step)
+        is_new = result is not args[0]
+        number = len(self._values) if is_new else operands[0][1]
+        self._steps.append(_Step(self._allocations, function, arguments, [], [], operands, number, [], []))
         self._allocations = []
-        self._add(result)
+        if is_new:
+            self._add(result)
 
     def launched(self, launch: Launch | None) -> None:
         """A launcher made a launch; None: one that cannot be repeated."""

@@ -75,9 +75,7 @@ def _gradients(
         scores = x, router_weight, topk_ids, load, logits
         needed = need_x, need_router
         losses = dz_loss, dbalance, dcompute
-        of_router = router.gradients(*scores, dweights, *losses, needed, widths, *options[:_OF_ROUTER])
-    if dx is not None:
-        of_router[0] = dx + of_router[0]
+        of_router = router.gradients_onto(dx, *scores, dweights, *losses, needed, widths, *options[:_OF_ROUTER])
     return of_router + of_experts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,20 +58,30 @@ def forward_fake(
     )
 
 
-@replayed
-def gradients(
-    x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, logits: Tensor, dweights: Tensor | None,
-    dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, needs: Sequence[bool],
-    widths: Sequence[int], num_active_experts: int, *flags: bool,
+def gradients_onto(
+    dx: Tensor | None, x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, logits: Tensor,
+    dweights: Tensor | None, dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None,
+    needs: Sequence[bool], widths: Sequence[int], num_active_experts: int, *flags: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """-> those of dx and dweight that are needed."""
+    """-> those of dx and dweight that are needed; a dx that there is already may be added to in its place."""
     options = _options(tuple(widths), num_active_experts, *flags)
     # The losses' share of a logit's gradient goes like 1 / T, and float16 would lose it.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     dlogits = router_bwd(logits, topk_ids, load, dweights, dz_loss, dbalance, dcompute, dtype, options)
     need_x, need_weight = needs
-    grads = [torch.mm(dlogits, weight.to(dtype)).to(x.dtype)] if need_x else []
+    grads = []
+    if need_x and dx is not None and dx.dtype == dtype:
+        grads.append(dx.addmm_(dlogits, weight.to(dtype)))
+    elif need_x:
+        of_scores = torch.mm(dlogits, weight.to(dtype)).to(x.dtype)
+        grads.append(of_scores if dx is None else dx + of_scores)
     return [*grads, torch.mm(dlogits.t(), x.to(dtype)).to(weight.dtype)] if need_weight else grads
+
+
+@replayed
+def gradients(*arguments: Any) -> list[Tensor]:
+    """`gradients_onto` nothing, with the other arguments."""
+    return gradients_onto(None, *arguments)
 
 
 def gradients_fake(x: Tensor, weight: Tensor, *rest) -> list[Tensor]:
