@@ -85,18 +85,17 @@ def transformers_grouped_mm(config: MoEConfig, state: State) -> Layer:
     return stacked_layer(config, state, [weights], call)
 
 
-_SONIC_ACTIVATIONS = {
-    "swiglu": "SWIGLU", "reglu": "REGLU", "relu_squared": "RELU_SQ", "relu": "RELU", "silu": "SILU",
-}  # fmt: skip
-
-
 def sonic_moe(config: MoEConfig, state: State) -> Layer:
-    """SonicMoE (github.com/Dao-AILab/sonic-moe) with the routing given. Its GELUs are approximations: not taken."""
+    """SonicMoE (github.com/Dao-AILab/sonic-moe, 0.1.2) with the routing given. Of its activations SwiGLU alone is one
+    of ours: its GELUs are approximations."""
     _check("SonicMoE", config, state)
-    if config.activation not in _SONIC_ACTIVATIONS:
+    weight = state["w1"]
+    if config.activation != "swiglu":
         raise CannotRun(f"SonicMoE has no {config.activation} of this definition.")
+    if weight.is_cuda and weight.element_size() != 2:
+        raise CannotRun(f"SonicMoE computes in 16 bits, and this is {weight.dtype}.")
     library, enums = _import("SonicMoE", "sonicmoe"), _import("SonicMoE", "sonicmoe.enums")
-    activation = getattr(enums.ActivationType, _SONIC_ACTIVATIONS[config.activation])
+    activation = enums.ActivationType.SWIGLU
     weights = _all_experts(config, state, Form(transposed=True, interleaved=True))
     num_experts, K = config.layout.num_experts, config.num_active_experts
 
