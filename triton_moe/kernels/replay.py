@@ -46,38 +46,6 @@ _COMPUTATIONS: dict[Any, Callable[..., Tensor]] = {
 them that costs less host time."""
 
 
-class _Allocation(NamedTuple):
-    value: int
-    """The tensor's number among the call's: its arguments, then new ones in order."""
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Step(NamedTuple):
-    """A launch or one of PyTorch's operators, what is allocated before it, and what is let go after it."""
-
-    allocations: list[_Allocation]
-    run: Callable[..., Any]
-    arguments: list
-    pointers: list[tuple[int, int, int]]
-    """Place among the arguments; the value pointed into, and how many bytes into it."""
-    descriptors: list[tuple[int, int]]
-    """Likewise, of TMA descriptors, which begin where the value does."""
-    operands: list[tuple[int, int, tuple | None]]
-    """Likewise, of an operator's tensors; size and strides if these are not the value's own."""
-    result: int | None
-    """The operator's; None for a launch."""
-    given_back: list[int]
-    """Arguments of the call whose memory it gives back."""
-    unused: list[int]
-    """New tensors of no further use."""
-
-
-def _launch_nothing(*_arguments: None) -> None:
-    """For what is allocated after the last launch."""
-
-
 def _is_constant(address: int) -> bool:
     """Whether a pointer is the same in every call of a kind: to a table, or to nothing."""
     return not address or is_table(address)
@@ -113,7 +81,12 @@ def _is_view(result: Any, args: tuple) -> bool:
 
 
 class Recording(TorchDispatchMode):
-    """Watches a call while it is active, then repeats it with other arguments."""
+    """Watches a call while it is active, then repeats it with other arguments.
+
+    What is to be repeated is written down as a Python function without loops or lookups, which takes half the host time
+    of going through a list. In it `t3` is the call's third tensor, arguments first, then new ones in order, and `a3`
+    its address.
+    """
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         super().__init__()
@@ -121,15 +94,14 @@ class Recording(TorchDispatchMode):
         self._num_arguments = len(arguments)
         self._values = [_value(tensor) for tensor in arguments]
         self._given_back: set[int] = set()
-        self._steps: list[_Step] = []
-        self._allocations: list[_Allocation] = []
-        """Those since the last launch."""
+        self._lines: list[str] = []
+        self._last_use: dict[int, int] = {}
+        """Of a tensor, the line."""
+        self._names: dict[str, Any] = {"empty": torch.empty_strided, "moved": moved, "device": self._device}
         spans = sorted(value[:2] for value in self._values if value.start < value.end)
         self.is_repeatable = all(a[1] <= b[0] or a[0] == b[0] for a, b in itertools.pairwise(spans))
         self._autocasts = torch._C._is_any_autocast_enabled()
-        self._num_new = 0
-        self._results: tuple[type, list[int]] | None = None
-        """What the call returns: a tuple, a list, or a tensor; the values in it, -1 for None."""
+        self._run: Callable[[int | None, list[Tensor], list[int]], Any] | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -150,64 +122,77 @@ class Recording(TorchDispatchMode):
         if watching.by is not self:
             return result
         if func.overloadpacket in _ALLOCATIONS:
-            size = tuple(result.shape)  # PyTorch takes a torch.Size more slowly
-            self._allocations.append(_Allocation(len(self._values), size, result.stride(), result.dtype))
-            self._add(result)
+            size, dtype = tuple(result.shape), self._name(result.dtype)
+            self._made(result, f"empty({size}, {result.stride()}, dtype={dtype}, device=device)")
         elif func in _COMPUTATIONS and not any(isinstance(arg, Tensor) for arg in (kwargs or {}).values()):
-            function = _COMPUTATIONS[func]
-            self._computed(functools.partial(function, **kwargs) if kwargs else function, args, result)
+            self._computed(functools.partial(_COMPUTATIONS[func], **kwargs or {}), args, result)
         elif not (func.is_view and _is_view(result, args)):
             self.is_repeatable = False
         return result
 
-    def _add(self, tensor: Tensor) -> None:
+    def _name(self, value: Any) -> str:
+        """What the function calls something that is the same every time."""
+        if value is None or value.__class__ is int:
+            return repr(value)
+        self._names[f"c{len(self._names)}"] = value
+        return f"c{len(self._names) - 1}"
+
+    def _write(self, line: str, *used: int) -> None:
+        self._last_use |= dict.fromkeys(used, len(self._lines))
+        self._lines.append(line)
+
+    def _made(self, tensor: Tensor, expression: str, *used: int) -> None:
+        number = len(self._values)
+        self._write(f"t{number} = {expression}; a{number} = t{number}.data_ptr()", number, *used)
         self.is_repeatable &= tensor.device == self._device
         self._values.append(_value(tensor))
 
     def _computed(self, function: Callable[..., Any], args: tuple, result: Tensor) -> None:
         self.is_repeatable &= not self._autocasts  # which would cast operands once more
-        operands = []
-        for place, arg in enumerate(args):
-            if isinstance(arg, Tensor):
-                number, offset = self._find(arg.data_ptr())
-                value, shape = self._values[number], (arg.shape, arg.stride())
-                self.is_repeatable &= number >= 0 and offset == 0 and arg.dtype == value.dtype
-                operands.append((place, number, None if shape == value.shape else shape))
-        arguments = [None if isinstance(arg, Tensor) else arg for arg in args]
-        is_new = result is not args[0]
-        number = len(self._values) if is_new else operands[0][1]
-        self._steps.append(_Step(self._allocations, function, arguments, [], [], operands, number, [], []))
-        self._allocations = []
-        if is_new:
-            self._add(result)
+        operands, used = [], []
+        for arg in args:
+            if not isinstance(arg, Tensor):
+                operands.append(self._name(arg))
+                continue
+            number, offset = self._find(arg.data_ptr())
+            value, shape = self._values[number], (arg.shape, arg.stride())
+            self.is_repeatable &= number >= 0 and offset == 0 and arg.dtype == value.dtype
+            view = "" if shape == value.shape else f".as_strided({tuple(arg.shape)}, {arg.stride()})"
+            operands.append(f"t{number}{view}")
+            used.append(number)
+        expression = f"{self._name(function)}({', '.join(operands)})"
+        if result is args[0]:
+            self._write(expression, *used)
+        else:
+            self._made(result, expression, *used)
 
     def launched(self, launch: Launch | None) -> None:
         """A launcher made a launch; None: one that cannot be repeated."""
         if launch is None:
             self.is_repeatable = False
             return
-        addresses = {place: launch.arguments[place] for place in launch.pointers}
-        addresses |= {place: launch.arguments[place].base.data_ptr() for place in launch.descriptors}
-        found = {place: self._find(address) for place, address in addresses.items() if not _is_constant(address)}
-        self.is_repeatable &= all(value >= 0 for value, _ in found.values())
-        self.is_repeatable &= all(place in found and found[place][1] == 0 for place in launch.descriptors)
-        pointers = [(place, *found[place]) for place in launch.pointers if place in found]
-        descriptors = [(place, found[place][0]) for place in launch.descriptors if place in found]
+        given, used = {STREAM: "stream"}, []
+        for place in launch.pointers:
+            if not _is_constant(launch.arguments[place]):
+                number, offset = self._find(launch.arguments[place])
+                self.is_repeatable &= number >= 0
+                given[place] = f"a{number} + {offset}" if offset else f"a{number}"
+                used.append(number)
         for place in launch.descriptors:
-            launch.arguments[place] = moved(launch.arguments[place], None)
-        step = _Step(self._allocations, launch.run, launch.arguments, pointers, descriptors, [], None, [], [])
-        self._steps.append(step)
-        self._allocations = []
+            number, offset = self._find(launch.arguments[place].base.data_ptr())
+            self.is_repeatable &= number >= 0 and offset == 0
+            given[place] = f"moved({self._name(moved(launch.arguments[place], None))}, t{number})"
+            used.append(number)
+        arguments = [given[i] if i in given else self._name(arg) for i, arg in enumerate(launch.arguments)]
+        self._write(f"{self._name(launch.run)}({', '.join(arguments)})", *used)
 
     def gave_back(self, address: int) -> None:
         """The call gave back the memory of the tensor that begins there."""
         number, _ = self._find(address)
-        if number < 0 or not self._steps:
-            self.is_repeatable = False
-            return
+        self.is_repeatable &= number >= 0
         self._given_back.add(number)
-        if number < self._num_arguments:
-            self._steps[-1].given_back.append(number)
+        if 0 <= number < self._num_arguments:
+            self._write(f"t{number}.untyped_storage().resize_(0)", number)
 
     def _find(self, address: int) -> tuple[int, int]:
         """The number of the value that an address is in, -1 if it is in none that is still there, and how many bytes
@@ -219,58 +204,39 @@ class Recording(TorchDispatchMode):
 
     def finish(self, result: Any) -> None:
         """Note what the call returned: a new tensor, or a tuple or list of new tensors and Nones."""
-        kind = type(result)
         tensors = [value.tensor() for value in self._values]
-        numbers = []
-        for tensor in result if kind in (tuple, list) else (result,):
-            same = [n for n, other in enumerate(tensors) if other is tensor and n >= self._num_arguments]
-            numbers.append(-1 if tensor is None else same[0] if same else None)
-        self.is_repeatable &= None not in numbers
-        if self._allocations:
-            nothing: list[Any] = [None] * (STREAM + 1)
-            self._steps.append(_Step(self._allocations, _launch_nothing, nothing, [], [], [], None, [], []))
-        self._results = kind, numbers
-        self._num_new = len(self._values) - self._num_arguments
-        last_use: dict[int, _Step] = {}
-        for step in self._steps:
-            uses = (*step.pointers, *step.descriptors, *step.operands)
-            last_use |= {number: step for _, number, *_ in uses}
-        for number, step in last_use.items():
-            if number >= self._num_arguments and number not in numbers:
-                step.unused.append(number)
         self._values = []
+
+        def name(tensor: Tensor | None) -> str:
+            if tensor is None:
+                return "None"
+            same = [n for n, other in enumerate(tensors) if other is tensor and n >= self._num_arguments]
+            self.is_repeatable &= bool(same)
+            return f"t{same[0]}" if same else ""
+
+        returned = [name(tensor) for tensor in (result if isinstance(result, (tuple, list)) else (result,))]
+        if not self.is_repeatable:
+            return
+        for number, line in self._last_use.items():
+            if number >= self._num_arguments and f"t{number}" not in returned:
+                self._lines[line] += f"; del t{number}"
+        listed, numbers = ", ".join(returned), range(self._num_arguments)
+        value = f"[{listed}]" if isinstance(result, list) else f"({listed},)" if isinstance(result, tuple) else listed
+        lines = [
+            "def run(stream, tensors, addresses):",
+            f"{', '.join(f't{n}' for n in numbers)}, = tensors",
+            f"{', '.join(f'a{n}' for n in numbers)}, = addresses",
+            *self._lines,
+            f"return {value}",
+        ]
+        exec("\n ".join(lines), self._names)
+        self._run = self._names.pop("run")
 
     def repeat(self, arguments: list[Tensor], addresses: list[int]) -> Any:
         """The call with other arguments of its kind, which are at these addresses."""
-        device = arguments[0].device
-        stream = current_stream(device.index) if device.index is not None else None
-        new: list[Any] = [None] * self._num_new
-        values, addresses = [*arguments, *new], [*addresses, *new]
-        for allocations, run, known, pointers, descriptors, operands, result, given_back, unused in self._steps:
-            for value, size, stride, dtype in allocations:
-                values[value] = torch.empty_strided(size, stride, dtype=dtype, device=device)
-                addresses[value] = values[value].data_ptr()
-            given = known.copy()
-            if result is None:
-                given[STREAM] = stream
-                for place, value, offset in pointers:
-                    given[place] = addresses[value] + offset
-                for place, value in descriptors:
-                    given[place] = moved(given[place], values[value])
-                run(*given)
-            else:
-                for place, value, shape in operands:
-                    given[place] = values[value] if shape is None else values[value].as_strided(*shape)
-                values[result] = run(*given)
-                addresses[result] = values[result].data_ptr()
-            given.clear()  # it may hold what is let go here
-            for value in given_back:
-                values[value].untyped_storage().resize_(0)
-            for value in unused:
-                values[value] = None
-        kind, results = self._results
-        results = [None if value < 0 else values[value] for value in results]
-        return results if kind is list else tuple(results) if kind is tuple else results[0]
+        assert self._run is not None
+        stream = None if self._device.index is None else current_stream(self._device.index)
+        return self._run(stream, arguments, addresses)
 
 
 def give_back(tensor: Tensor) -> None:
