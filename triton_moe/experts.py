@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from triton_moe import torch_backend
 from triton_moe.activations import is_gated
 from triton_moe.functional import moe_mlp
 from triton_moe.layout import ExpertLayout
+
+_OPERANDS = ("w1", "w2", "w3", "b1", "b2", "b3")
 
 
 class Experts(nn.Module):
@@ -84,11 +88,17 @@ class Experts(nn.Module):
         """PyTorch's name for `init_params`."""
         self.init_params()
 
+    def _operands(self) -> tuple[Any, ...]:
+        """w1, w2, w3, b1, b2, b3. `nn.Module` looks for a parameter in Python, and six times that is host time."""
+        own = self._parameters
+        return tuple([own[name] if name in own else getattr(self, name) for name in _OPERANDS])
+
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """`moe_mlp`: `x (..., H)`, weights and ids `(T, K)` from any router -> x's shape and dtype."""
+        w1, w2, w3, b1, b2, b3 = self._operands()
         return moe_mlp(
-            x, topk_weights, topk_ids, self.w1, self.w2, self.w3, layout=self.layout, b1=self.b1, b2=self.b2,
-            b3=self.b3, **self._moe_mlp_options,  # type: ignore[arg-type]
+            x, topk_weights, topk_ids, w1, w2, w3, layout=self.layout, b1=b1, b2=b2, b3=b3,
+            **self._moe_mlp_options,  # type: ignore[arg-type]
         )  # fmt: skip
 
 

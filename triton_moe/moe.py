@@ -205,7 +205,9 @@ class MoEMLP(Experts, BiasBalanced):
         """
         self._check_input(x)
         config = self.config
-        tokens = (x if x.dim() == 2 else x.reshape(-1, config.hidden_size)).to(matmul_dtype(x))
+        tokens, dtype = x if x.dim() == 2 else x.reshape(-1, config.hidden_size), matmul_dtype(x)
+        if tokens.dtype != dtype:
+            tokens = tokens.to(dtype)
         weight, bias = self.router.weight, self.choice_bias()
         if config.shared_null_logit:
             weight = expand_null_row(weight, self.layout)
@@ -217,7 +219,8 @@ class MoEMLP(Experts, BiasBalanced):
         if bias is not None:
             size = bias.abs()
             aux |= zip(AUX_OF_BIAS, (size.amax(), size.mean(), bias.clone()), strict=True)
-        return out if x.dim() == 2 else out.view(x.shape), aux, routed.f.to(x.dtype)
+        f = routed.f if routed.f.dtype == x.dtype else routed.f.to(x.dtype)
+        return out if x.dim() == 2 else out.view(x.shape), aux, f
 
     def _route_and_run(
         self, tokens: Tensor, router_weight: Tensor, bias: Tensor | None, sequence_length: int
@@ -233,8 +236,7 @@ class MoEMLP(Experts, BiasBalanced):
         }
         is_differentiated = torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
         if self._is_one_operator and is_differentiated:
-            weights = self.w1, self.w2, self.w3, self.b1, self.b2, self.b3
-            both = moe_layer(tokens, router_weight, bias, *weights, **options, **self._moe_mlp_options)
+            both = moe_layer(tokens, router_weight, bias, *self._operands(), **options, **self._moe_mlp_options)
             if both is not None:
                 return both[0], RouterOutput(*both[1:10])
         sequence = sequence_length if config.load_balance == "sequence" else None
