@@ -96,8 +96,8 @@ def agree(trainings: dict[str, Training]) -> bool:
 
 
 def step_memory(training: Training) -> float | None:
-    """Most MiB that a step allocates beyond what is there before; None unless on CUDA."""
-    if training.device.type != "cuda":
+    """Most MiB that a step allocates beyond what is there before; None unless on CUDA, and where a graph has it."""
+    if training.device.type != "cuda" or training.config.compile == "graph":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

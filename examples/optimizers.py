@@ -34,6 +34,9 @@ class Muon(torch.optim.Muon):
             for view, grad in zip(views, (part for part in cut(whole.grad) if part.numel()), strict=True):
                 view.grad = grad
         super().step(closure)
+        for *_, views in self._cuts:
+            for view in views:
+                view.grad = None  # or the memory would stay until the next step
 
 
 def matrices(model: GPT) -> dict[Tensor, Cut]:

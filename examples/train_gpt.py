@@ -318,9 +318,10 @@ def start(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Training, 
         if (out / CHECKPOINT).exists():
             raise ValueError(f"out: expected a folder without a run, got {out}: add --resume {out}")
         return Training(config, Tokens.load(args.data, config.vocabulary), args.device), out
-    if options or args.config or args.out:
-        raise ValueError("resume: expected --data, --stop-at, --device and --peak-tflops beside it alone, got others")
-    config = Config.from_dict(json.loads(read_checkpoint(args.resume)[0]["config"]))
+    if set(options) - {"compile"} or args.config or args.out:
+        allowed = "--data, --stop-at, --device, --peak-tflops and --compile"
+        raise ValueError(f"resume: expected {allowed} beside it alone, got others")
+    config = Config.from_dict({**json.loads(read_checkpoint(args.resume)[0]["config"]), **options})
     tokenizer = Tokenizer.from_file(str(args.resume / TOKENIZER))
     training = Training(config, Tokens.load(args.data, config.vocabulary, tokenizer), args.device)
     training.load(args.resume)

@@ -175,11 +175,11 @@ def test_a_switch_of_pytorch_that_hides_another(device: str) -> None:
 
 
 def test_products_are_repeated(device: str, repeats: list[None]) -> None:
-    """With operands transposed, new, or both, and options; not with what only begins elsewhere in an argument."""
+    """With operands transposed, new, or both, in place, and options; not with what only begins elsewhere in an argument."""
 
     def products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         both = add(x, y)
-        return torch.mm(both, y.t()), torch.mm(both.t(), x) + both
+        return torch.mm(both, y.t()), add(x, y).addmm_(both.t(), x)
 
     call = replay.replayed(products)
     for number in range(4):

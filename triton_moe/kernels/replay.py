@@ -39,7 +39,6 @@ _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _COMPUTATIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.mm.default: torch.mm,
     torch.ops.aten.mm.dtype: torch.mm,
-    torch.ops.aten.add.Tensor: torch.add,
     torch.ops.aten.addmm_.default: Tensor.addmm_,
 }
 """Operators of PyTorch that a call may repeat, as what they make depends on nothing but their operands, and a way to

@@ -76,7 +76,7 @@ def _gradients(
         needed = need_x, need_router
         losses = dz_loss, dbalance, dcompute
         of_router = router.gradients_onto(dx, *scores, dweights, *losses, needed, widths, *options[:_OF_ROUTER])
-    return of_router + of_experts
+    return ([] if dx is None else [dx]) + of_router + of_experts
 
 
 def _gradients_fake(

@@ -58,12 +58,13 @@ def forward_fake(
     )
 
 
+@replayed
 def gradients_onto(
     dx: Tensor | None, x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, logits: Tensor,
     dweights: Tensor | None, dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None,
     needs: Sequence[bool], widths: Sequence[int], num_active_experts: int, *flags: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """-> those of dx and dweight that are needed; a dx that there is already may be added to in its place."""
+    """-> those of dx and dweight that are needed; where there is a dx already, what is needed of it is added to it."""
     options = _options(tuple(widths), num_active_experts, *flags)
     # The losses' share of a logit's gradient goes like 1 / T, and float16 would lose it.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
@@ -71,14 +72,16 @@ def gradients_onto(
     need_x, need_weight = needs
     grads = []
     if need_x and dx is not None and dx.dtype == dtype:
-        grads.append(dx.addmm_(dlogits, weight.to(dtype)))
+        dx.addmm_(dlogits, weight.to(dtype))
     elif need_x:
         of_scores = torch.mm(dlogits, weight.to(dtype)).to(x.dtype)
-        grads.append(of_scores if dx is None else dx + of_scores)
+        if dx is None:
+            grads.append(of_scores)
+        else:
+            dx.add_(of_scores)
     return [*grads, torch.mm(dlogits.t(), x.to(dtype)).to(weight.dtype)] if need_weight else grads
 
 
-@replayed
 def gradients(*arguments: Any) -> list[Tensor]:
     """`gradients_onto` nothing, with the other arguments."""
     return gradients_onto(None, *arguments)
