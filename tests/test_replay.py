@@ -175,7 +175,7 @@ def test_a_switch_of_pytorch_that_hides_another(device: str) -> None:
 
 
 def test_products_are_repeated(device: str, repeats: list[None]) -> None:
-    """With operands transposed, new, or both, in place, and options; not with what only begins elsewhere in an argument."""
+    """With operands transposed or new, in place, and with options; not with what begins elsewhere in an argument."""
 
     def products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         both = add(x, y)
