@@ -6,6 +6,7 @@ Of each benchmark the newest rows count: those of the last run of it, or of each
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ OURS, OURS_AS_GRAPH, REFERENCE = "triton_moe", "triton_moe_graph", "stk"
 RIVALS = {
     "grouped_mm": "torch grouped_mm (padded to the widest expert)",
     "scattermoe": "ScatterMoE (one width alone)",
+    "sonic_moe": "SonicMoE 0.1.2 (one width alone)",
+    "momoe": "MoMoE (one width alone)",
 }
 
 Rows = list[dict[str, str]]
@@ -250,22 +253,32 @@ def training(rows: Rows) -> list[Table]:
 
 
 def experiments(rows: Rows) -> list[Table]:
-    """A line an experiment and seed of the last run."""
+    """A line an experiment of the last run, means over its seeds."""
     rows = newest(rows)
     first = rows[-1]
     caption = (
         f"Experts of several widths, about equal in active parameters: {first['num_layers']} layers, hidden size "
         f"{first['hidden_size']}, {first['steps']} steps, {first['passes']} passes over the Python standard library's "
-        f"sources, {first['optimizer']}, {first['balancing']} ({machine(first)}; `train_widths.csv`, drawn in "
-        f"`docs/train_widths.svg`)."
+        f"sources, {first['optimizer']}, {first['balancing']}, means of {len({row['seed'] for row in rows})} seeds "
+        f"({machine(first)}; `train_widths.csv`, drawn in `docs/train_widths.svg`)."
     )
     body = []
-    for row in rows:
-        counts = (row["active_parameters"], row["active_parameters_used"])
-        active = " / ".join(f"{float(count) / 1e6:.1f}M" for count in counts)
-        sizes, rate = f"{row['sizes']}, top-{row['num_active_experts']}", f"{float(row['tokens_per_second']):,.0f}"
-        body.append([sizes, row["seed"], active, row["held_out_loss"], rate])
-    header = ("experts", "seed", "active parameters, even / as used", "held-out loss, nats a token", "tokens/s")
+    for name in dict.fromkeys(row["experiment"] for row in rows):
+        seeds = [row for row in rows if row["experiment"] == name]
+        mean = {
+            column: statistics.fmean(float(row[column]) for row in seeds)
+            for column in ("active_parameters", "active_parameters_used", "held_out_loss", "tokens_per_second")
+        }
+        losses = sorted((row["held_out_loss"] for row in seeds), key=float)
+        body.append(
+            [
+                f"{seeds[0]['sizes']}, top-{seeds[0]['num_active_experts']}",
+                f"{mean['active_parameters'] / 1e6:.1f}M / {mean['active_parameters_used'] / 1e6:.1f}M",
+                f"{mean['held_out_loss']:.3f} ({losses[0]} to {losses[-1]})",
+                f"{mean['tokens_per_second']:,.0f}",
+            ]
+        )
+    header = ("experts", "active parameters, even / as used", "held-out loss, nats a token", "tokens/s")
     return [Table(caption, header, body)]
 
 

@@ -87,7 +87,7 @@ def draw(rows: Rows, path: Path) -> None:
         ax.grid(axis="y", alpha=0.4)
         ax.margins(y=0.2)
     axes[0].invert_yaxis()
-    axes[1].set_xlim(left=0)
+    axes[1].set_xlim(0, 1.05 * max(float(row["tokens_per_second"]) for row in rows))
     first = rows[0]
     figure.suptitle(f"{first['steps']} steps, {float(first['passes']):.1f} passes, {first['gpu']}, {first['commit']}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,9 @@ TINY = Config(
     vocabulary=300, context=16, batch_size=4, steps=6, warm_up=2, learning_rate=0.01, precision="fp32", compile="off",
 )  # fmt: skip
 
+OF_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+"""Where it looks, and hides that."""
+
 
 @pytest.fixture(scope="module")
 def tokens() -> Tokens:
@@ -316,9 +319,7 @@ class TestTraining:
         assert one["usage"].shape == (4, 2, 4)
         torch.testing.assert_close(one["usage"].sum(-1), torch.ones(4, 2))
 
-    @pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor:UserWarning"
-    )  # Dynamo's own look, which it hides
+    @OF_DYNAMO
     @pytest.mark.parametrize(
         "changes", [{"backend": "triton"}, {"experts": "grouped_mm", "precision": "bf16"}], ids=["triton", "grouped_mm"]
     )
@@ -346,6 +347,7 @@ class TestTraining:
         assert len(graphs) == 2  # a block, the head
 
     @pytest.mark.gpu
+    @OF_DYNAMO
     @pytest.mark.parametrize(
         "changes",
         [
