@@ -1,10 +1,11 @@
 """The training recipe of examples/: its text, model, optimizers, runs that are taken up again, and its experiments."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,52 @@ class TestTraining:
             torch.testing.assert_close(compiled.step(), eager.step())
         assert compiled.held_out_loss(4) == pytest.approx(eager.held_out_loss(4), rel=1e-4)
         assert len(graphs) == 2  # a block, the head
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"accumulation": 2, "optimizer": "muon", "balancing": "smebu"}, {"accumulation": 3}],
+        ids=str,
+    )
+    def test_what_a_graph_is_given_adds_up(
+        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    ) -> None:
+        """On the CPU, with a stand-in for the graph: nothing captured has happened yet, and a replay does it once more,
+        with the same inputs, results and gradients, as far as these have been added to or made anew."""
+        plain, captured = (Training(dataclasses.replace(TINY, **changes), tokens, CPU) for _ in range(2))
+        captured.config = dataclasses.replace(captured.config, compile="graph")
+        micro_step, parameters = captured.micro_step, list(captured.model.parameters())
+
+        class Graph:
+            @contextlib.contextmanager
+            def capture(self) -> Iterator[None]:
+                self.had_gradients = parameters[0].grad is not None
+                before = {name: buffer.clone() for name, buffer in captured.model.named_buffers()}
+                yield
+                for name, buffer in captured.model.named_buffers():
+                    buffer.copy_(before[name])
+                for parameter in parameters:
+                    assert parameter.grad is not None
+                    parameter.grad.fill_(0 if self.had_gradients else math.nan)
+
+            def replay(self) -> None:
+                graph, kept = captured._captured, [parameter.grad for parameter in parameters]
+                assert graph is not None
+                if not self.had_gradients:
+                    captured.model.zero_grad()
+                for result, again in zip(graph.results, micro_step(graph.inputs), strict=True):
+                    result.copy_(again)
+                for parameter, grad in zip(parameters, kept, strict=True):
+                    assert grad is not None
+                    assert parameter.grad is not None
+                    parameter.grad = grad.copy_(parameter.grad)
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+        for _ in range(TINY.steps):
+            assert torch.equal(captured.step(), plain.step())
+        assert captured._captured is not None
+        for name, value in plain.model.state_dict().items():
+            assert torch.equal(captured.model.state_dict()[name], value), name
 
     @pytest.mark.gpu
     @OF_DYNAMO
