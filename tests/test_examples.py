@@ -1,11 +1,9 @@
 """The training recipe of examples/: its text, model, optimizers, runs that are taken up again, and its experiments."""
 
-import argparse
-import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from optimizers import Muon, optimizers
 from padded_experts import PaddedExperts, PaddedMoEMLP
 from safetensors.torch import load_file
 from settings import Config
+from tiny_gpt import CPU, OF_DYNAMO, TEXT, TINY, tiny_tokens
 from torch import Tensor, nn
 from train_gpt import CHECKPOINT, PLOT, RESULT, Report, Training, learning_rate, main, tokens_per_second
 from utilization import mfu, peak_flops, plot_usage
@@ -26,22 +25,12 @@ from triton_moe import BiasBalancing, ExpertLayout, MoEConfig, MoEMLP
 from triton_moe.experts import DenseMLP, Experts
 from triton_moe.testing import assert_within_budget
 
-CPU = torch.device("cpu")
-TEXT = Path(argparse.__file__)
-"""Any text of some 100 kB."""
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "examples" / "experiments").glob("*.json"))
-TINY = Config(
-    expert_sizes=((2, 16), (1, 5), (1, 0)), num_active_experts=2, hidden_size=16, num_layers=2, num_heads=2,
-    vocabulary=300, context=16, batch_size=4, steps=6, warm_up=2, learning_rate=0.01, precision="fp32", compile="off",
-)  # fmt: skip
-
-OF_DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-"""Where it looks, and hides that."""
 
 
 @pytest.fixture(scope="module")
 def tokens() -> Tokens:
-    return Tokens.load(TEXT, TINY.vocabulary)
+    return tiny_tokens()
 
 
 def options(config: Config) -> list[str]:
@@ -346,82 +335,6 @@ class TestTraining:
             torch.testing.assert_close(compiled.step(), eager.step())
         assert compiled.held_out_loss(4) == pytest.approx(eager.held_out_loss(4), rel=1e-4)
         assert len(graphs) == 2  # a block, the head
-
-    @pytest.mark.parametrize(
-        "changes",
-        [{}, {"accumulation": 2, "optimizer": "muon", "balancing": "smebu"}, {"accumulation": 3}],
-        ids=str,
-    )
-    def test_what_a_graph_is_given_adds_up(
-        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-    ) -> None:
-        """On the CPU, with a stand-in for the graph: nothing captured has happened yet, and a replay does it once more,
-        with the same inputs, results and gradients, as far as these have been added to or made anew."""
-        plain, captured = (Training(dataclasses.replace(TINY, **changes), tokens, CPU) for _ in range(2))
-        captured.config = dataclasses.replace(captured.config, compile="graph")
-        micro_step, parameters = captured.micro_step, list(captured.model.parameters())
-
-        class Graph:
-            @contextlib.contextmanager
-            def capture(self) -> Iterator[None]:
-                self.had_gradients = parameters[0].grad is not None
-                before = {name: buffer.clone() for name, buffer in captured.model.named_buffers()}
-                yield
-                for name, buffer in captured.model.named_buffers():
-                    buffer.copy_(before[name])
-                for parameter in parameters:
-                    assert parameter.grad is not None
-                    parameter.grad.fill_(0 if self.had_gradients else math.nan)
-
-            def replay(self) -> None:
-                graph, kept = captured._captured, [parameter.grad for parameter in parameters]
-                assert graph is not None
-                if not self.had_gradients:
-                    captured.model.zero_grad()
-                for result, again in zip(graph.results, micro_step(graph.inputs), strict=True):
-                    result.copy_(again)
-                for parameter, grad in zip(parameters, kept, strict=True):
-                    assert grad is not None
-                    assert parameter.grad is not None
-                    parameter.grad = grad.copy_(parameter.grad)
-
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
-        for _ in range(TINY.steps):
-            assert torch.equal(captured.step(), plain.step())
-        assert captured._captured is not None
-        for name, value in plain.model.state_dict().items():
-            assert torch.equal(captured.model.state_dict()[name], value), name
-
-    @pytest.mark.gpu
-    @OF_DYNAMO
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {},
-            {"accumulation": 2, "optimizer": "muon", "balancing": "smebu"},
-            {"experts": "grouped_mm", "precision": "bf16"},
-        ],
-        ids=str,
-    )
-    def test_captured_steps_are_the_steps(
-        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-    ) -> None:
-        torch.compiler.reset()
-        real: Callable[..., Any] = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda f, **kwargs: real(f, backend="eager", **kwargs))
-        config = dataclasses.replace(TINY, **changes)
-        plain, captured = (
-            Training(dataclasses.replace(config, compile=how), tokens, torch.device("cuda"))
-            for how in ("blocks", "graph")
-        )
-        tolerance = 1e-4 if config.precision == "fp32" else 1e-2
-        for _ in range(config.steps):
-            torch.testing.assert_close(captured.step(), plain.step(), rtol=tolerance, atol=0)
-        weights = zip(captured.model.parameters(), plain.model.parameters(), strict=True)
-        assert all((a - b).norm() < 0.02 * b.norm() for a, b in weights)
-        torch.testing.assert_close(captured.usage, plain.usage, rtol=0, atol=0.02)
-        assert captured.held_out_loss(4) == pytest.approx(plain.held_out_loss(4), rel=tolerance)
 
 
 class TestMeasure:
