@@ -16,7 +16,8 @@ from triton_moe.testing import Case, Inputs, check_against_oracle, poison_empty,
 pytest.importorskip("triton")
 
 MAX_SHARED_MEMORY = 232_448  # bytes of a block, CUDA programming guide, compute capability 9.0
-MAX_SPILL = {"silu": 12, "gelu_tanh": 28}  # bytes of a thread, once a tile, in dh alone: its registers just suffice
+# Bytes of a thread, in dh alone: what no tile changes is stored once a launch and read once a tile (dev/LOG.md).
+MAX_SPILL = {"silu": 12, "gelu_tanh": 28, "gelu": 12, "relu": 16}
 MAX_REGISTERS = 504  # of a producer's and two consumers' threads: a third of them, 168, is what a launch gives each
 
 PROGRAM = """
@@ -59,6 +60,8 @@ for dtype in (torch.bfloat16, torch.float16):
             hopper.dw(x, one, w2.t(), None, routing)
             hopper.dw(x, pre, w1, up, routing)
             hopper.down_fwd(pre, w1.t(), None if up is None else up.t(), y, routing)
+    for activation in ("geglu", "reglu") if dtype == torch.bfloat16 else ():
+        hopper.dh(x, empty(S, H), two, weights, routing, activation, two, one, partial)
 """
 
 
