@@ -84,8 +84,12 @@ def in_one_thread(call: Call) -> Call:
 
 def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bool) -> dict:
     forward, step = calls_of(case, dtype, device)
-    calls = {"forward": forward, "step": step, "step_one_thread": in_one_thread(step)}
-    calls["identity_step"] = identity_step(device)
+    calls = {
+        "forward": forward,
+        "step": step,
+        "step_one_thread": in_one_thread(step),
+        "identity_step": identity_step(device),
+    }
     if device.type == "cuda":
         forward()
         step()
