@@ -146,7 +146,8 @@ class TileLists(NamedTuple):
     """
 
     numbers: Tensor
-    """(4) entries of `row_blocks` that exist, of `ragged[128]`, of `ragged[256]`; 0."""
+    """(4) entries of `row_blocks` that exist, of `ragged[128]`, of `ragged[256]`; how many tiles a running
+    kernel has handed out, 0 between kernels: so one at a time can run on a routing."""
     ragged: dict[int, Tensor]
     """Columns of a block -> (expert, i), widest experts first."""
     weights: dict[int, Tensor]

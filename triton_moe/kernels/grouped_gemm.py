@@ -199,7 +199,7 @@ def grouped_gemm_down_fwd(
     w = loadable(w.t(), routing).t()
     w_up = None if w_up is None else with_strides_of(loadable(w_up.t(), routing).t(), w)
     b = None if b is None else b.contiguous()
-    if b is None and hopper.takes_down(routing, w, w_up):
+    if b is None and hopper.takes(routing, w, w_up):
         hopper.down_fwd(a, w, w_up, y, routing)
         return
     launch, tables, num_tiles_n = _down_launcher(

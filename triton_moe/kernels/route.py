@@ -115,6 +115,7 @@ def schedule(
         tl.store(numbers, total_blocks, mask=first)
         tl.store(numbers + 1, tl.sum(blocks * narrow), mask=first)
         tl.store(numbers + 2, tl.sum(blocks * wide), mask=first)
+        tl.store(numbers + 3, 0, mask=first)
 
 
 @triton.jit

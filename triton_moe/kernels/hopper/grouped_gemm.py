@@ -21,14 +21,19 @@ from triton_moe.kernels.hopper.pipeline import (
     copy_box,
     copy_elements,
     fence_async_shared,
+    first_tile,
+    hand_out,
     make_buffers,
     make_ring,
+    make_schedule,
     mbarrier,
     multiply,
+    next_tile,
     pieces,
     store_box,
     store_own_rows,
     store_rows,
+    take_number,
     tma,
     wide_layout,
 )
@@ -101,14 +106,18 @@ def produce(
     H elements, gathered by row_to_slot; weights (H, S). TILE_N: output columns of a tile; half of
     BLOCK_N where w and w_up are multiplied side by side.
     """
-    ring, a, w, w_up, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_n, H, stride_at = operands
+    ring, schedule, a, w, w_up, tables, row_to_slot, ragged_offsets, num_tiles_n, H, stride_at = operands
     a_tiles, b_tiles, ready, empty = ring
     layout: gl.constexpr = wide_layout(BLOCK_K)
     rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     inner = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
     stage = 0
     phase = 1
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    turn = 0
+    tile = first_tile(schedule)
+    while tile >= 0:
+        if RAGGED_A:
+            taken = take_number(schedule)
         expert, width, offset, first_row, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, TILE_N)
         local = gl.minimum(rows, num_rows - 1)
         if RAGGED_A:
@@ -144,6 +153,10 @@ def produce(
             a_ptrs += BLOCK_K
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = advance(stage, phase, STAGES)
+        if not RAGGED_A:
+            taken = take_number(schedule)
+        tile = hand_out(schedule, taken, turn)
+        turn += 1
     async_copy.wait_group(0)
 
 
@@ -154,12 +167,14 @@ def finish_up(
     KEEP_ACT: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, pre, out, tables, ragged_offsets, num_tiles, H = operands
+    ring, schedule, pre, out, tables, ragged_offsets, H = operands
     PARTS: gl.constexpr = 2 if GATED else 1
     TILE_N: gl.constexpr = BLOCK_N // PARTS
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    turn = 0
+    tile = first_tile(schedule)
+    while tile >= 0:
         expert, width, _, _, start, num_rows, col = locate(tile, tables, None, BLOCK_M, TILE_N)
         start += HALF * HALF_M
         num_rows -= HALF * HALF_M
@@ -183,6 +198,8 @@ def finish_up(
                     if GATED:
                         act *= tiles[p + 2]
                     store_own_rows(act, out_start + at, width, num_rows, num_cols)
+        tile = next_tile(schedule, turn)
+        turn += 1
 
 
 @gluon.jit
@@ -195,9 +212,9 @@ def grouped_gemm_up_hopper_kernel(
     TILE_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     ring = make_weights_ring(x.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     tables = (widths, offsets, row_offsets, tiles)
-    num_tiles = num_ragged_tiles(numbers, TILE_N)
-    consumer = (ring, pre, out, tables, ragged_offsets, num_tiles, H)
-    producer = (ring, x, w1, w3, tables, row_to_slot, ragged_offsets, num_tiles, None, H, stride_xt)
+    schedule = make_schedule(numbers + 3, num_ragged_tiles(numbers, TILE_N))
+    consumer = (ring, schedule, pre, out, tables, ragged_offsets, H)
+    producer = (ring, schedule, x, w1, w3, tables, row_to_slot, ragged_offsets, None, H, stride_xt)
     gl.warp_specialize(
         [
             (finish_up, (consumer, 0, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
@@ -215,10 +232,12 @@ def finish_down(
     HALF: gl.constexpr, PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, buffers, y, y_boxes, tables, num_tiles, num_tiles_n, H = operands
+    ring, schedule, buffers, y, y_boxes, tables, num_tiles_n, H = operands
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    turn = 0
+    tile = first_tile(schedule)
+    while tile >= 0:
         _, width, _, first_row, _, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N)
         num_rows -= HALF * HALF_M
         acc, stage, phase = multiply(
@@ -237,6 +256,8 @@ def finish_down(
             else:  # commits nothing, so a wait for all but the last store would not do
                 tma.store_wait(pendings=0)
                 store_rows(buffer, tiles[p], y + first_row.to(gl.int64) * H + at, H, num_rows, H - at)
+        tile = next_tile(schedule, turn)
+        turn += 1
     tma.store_wait(pendings=0)
 
 
@@ -248,10 +269,10 @@ def grouped_gemm_down_hopper_kernel(
 ):  # fmt: skip
     ring = make_weights_ring(a.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(a.dtype.element_ty, 4, PIECE_N)
+    schedule = make_schedule(numbers + 3, gl.load(numbers) * num_tiles_n)
     tables = (widths, offsets, row_offsets, row_blocks)
-    num_tiles = gl.load(numbers) * num_tiles_n
-    consumer = (ring, buffers, y, y_boxes, tables, num_tiles, num_tiles_n, H)
-    producer = (ring, a, w, w_up, tables, row_blocks, ragged_offsets, num_tiles, num_tiles_n, H, H)
+    consumer = (ring, schedule, buffers, y, y_boxes, tables, num_tiles_n, H)
+    producer = (ring, schedule, a, w, w_up, tables, row_blocks, ragged_offsets, num_tiles_n, H, H)
     gl.warp_specialize(
         [
             (finish_down, (consumer, 0, PARTS, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),

@@ -18,11 +18,14 @@ from triton_moe.kernels.hopper.pipeline import (
     copy_elements,
     copy_rows,
     fence_async_shared,
+    first_tile,
     halves,
     make_buffers,
     make_ring,
+    make_schedule,
     mbarrier,
     multiply,
+    next_tile,
     pieces,
     store_box,
     store_rows,
@@ -40,8 +43,8 @@ def finish_dh(
     HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, B_BY_K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    (ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
-     num_tiles, num_partials, H) = operands  # fmt: skip
+    (ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot,
+     ragged_offsets, num_partials, H) = operands  # fmt: skip
     gate_in = buffers.index(4 * HALF)
     up_in = buffers.index(4 * HALF + 1)
     first_out = buffers.index(4 * HALF + 2)
@@ -49,7 +52,9 @@ def finish_dh(
     PARTS: gl.constexpr = 2 if GATED else 1
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    turn = 0
+    tile = first_tile(schedule)
+    while tile >= 0:
         expert, width, _, first_row, start, num_rows, col = locate(tile, tables, None, BLOCK_M, BLOCK_N)
         first_row += HALF * HALF_M
         start += HALF * HALF_M
@@ -104,6 +109,8 @@ def finish_dh(
         slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
         partials = dweights_partial + slots.to(gl.int64) * num_partials + col // BLOCK_N
         gl.store(partials, dweights, mask=exists)
+        tile = next_tile(schedule, turn)
+        turn += 1
 
 
 @gluon.jit
@@ -116,13 +123,13 @@ def grouped_gemm_dh_hopper_kernel(
 ):  # fmt: skip
     ring = make_weights_ring(dout.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(dout.dtype.element_ty, 8, DH_PIECE_N)
+    schedule = make_schedule(numbers + 3, num_ragged_tiles(numbers, BLOCK_N))
     tables = (widths, offsets, row_offsets, tiles)
-    num_tiles = num_ragged_tiles(numbers, BLOCK_N)
     consumer = (
-        ring, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot, ragged_offsets,
-        num_tiles, num_partials, H,
+        ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot,
+        ragged_offsets, num_partials, H,
     )  # fmt: skip
-    producer = (ring, dout, w2, w2, tables, row_to_slot, ragged_offsets, num_tiles, None, H, stride_dt)
+    producer = (ring, schedule, dout, w2, w2, tables, row_to_slot, ragged_offsets, None, H, stride_dt)
     gl.warp_specialize(
         [
             (finish_dh, (consumer, 0, ACTIVATION, GATED, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),

@@ -25,8 +25,6 @@ _BLOCK_K = BLOCK_K.value
 _WORTH_IT = 2**35
 """Rows times H times mean width from which `backend="auto"` comes here. Below it the host is the bottleneck of an eager
 step, and these launches, with their descriptors, cost it more."""
-_WIDE_H = 4096
-"""H from which, on an H100, the portable kernels of down and dx are faster than these (dev/LOG.md, 2026-11-25)."""
 assert INTERPRETED or 2 * HALF_M.value == BLOCK_M
 
 
@@ -62,12 +60,6 @@ def takes(routing: Routing, *weights: Tensor | None) -> bool:
         and fits(layout, first.numel() // layout.total_width, first.dtype, first.device)
         and all(weight is None or _aligned(weight) for weight in weights)
     )
-
-
-def takes_down(routing: Routing, w: Tensor, w_up: Tensor | None) -> bool:
-    """Whether a product with as many columns as H runs here."""
-    is_choice = routing.backend == "auto" and w.shape[1] >= _WIDE_H
-    return not is_choice and takes(routing, w, w_up)
 
 
 def _straight(x: Tensor) -> Tensor:

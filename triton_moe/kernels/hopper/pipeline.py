@@ -1,8 +1,11 @@
 """What the Hopper GEMMs share: a ring of stages in shared memory, filled by one producer, drained by two consumers.
 
-A program stays on its multiprocessor and takes every n-th tile. It is three warpgroups: the producer copies a stage's
-two operand tiles into shared memory; each consumer multiplies its half of the rows, 64 x BLOCK_N, and finishes them
-while the other goes on. `ready` and `empty` are a barrier each a stage: its tiles are there; both have read them.
+A program stays on its multiprocessor and takes one tile after the other. It is three warpgroups: the producer copies a
+stage's two operand tiles into shared memory; each consumer multiplies its half of the rows, 64 x BLOCK_N, and finishes
+them while the other goes on. `ready` and `empty` are a barrier each a stage: its tiles are there; both have read them.
+
+Tiles are handed out in their order, by a counter. Programs that took every n-th drifted apart, some multiprocessors
+being slower, until what they read no longer fitted into the L2 together.
 """
 
 from __future__ import annotations
@@ -81,6 +84,66 @@ def make_ring(
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     return a, b, ready, empty
+
+
+@gluon.jit
+def make_schedule(counter, num_tiles):
+    """-> the counter, tiles on their way from the producer to `next_tile`, barriers (one is told, both have heard it),
+    and the number of tiles."""
+    tiles = gl.allocate_shared_memory(gl.int32, [2, PRODUCER_THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=2)
+    return counter, tiles, told, heard, num_tiles
+
+
+@gluon.jit
+def first_tile(schedule):
+    """A program's first tile, its own number; -1 if there are fewer."""
+    return gl.where(gl.program_id(0) < schedule[4], gl.program_id(0), -1)
+
+
+@gluon.jit
+def take_number(schedule):
+    """The counter's next number, early enough that nobody waits for it; of the first thread alone."""
+    threads = gl.arange(0, PRODUCER_THREADS, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    one = gl.full((PRODUCER_THREADS,), 1, gl.int32, threads.type.layout)
+    return gl.atomic_add(schedule[0] + 0 * threads, one, mask=threads == 0, sem="relaxed")
+
+
+@gluon.jit
+def hand_out(schedule, taken, turn):
+    """The producer's next tile, by the number it took, -1 if there is none. Consumers are told.
+
+    As many numbers are taken as there are tiles, one for each; the last leaves the counter at 0, as it was.
+    """
+    counter, tiles, told, heard, num_tiles = schedule
+    slot = turn % 2
+    threads = gl.arange(0, PRODUCER_THREADS, layout=taken.type.layout)
+    gl.store(counter + 0 * threads, 0 * threads, mask=(threads == 0) & (taken == num_tiles - 1))
+    tile = gl.num_programs(0) + taken
+    mbarrier.wait(heard.index(slot), turn // 2 % 2 ^ 1)
+    tiles.index(slot).store(gl.where(tile < num_tiles, tile, -1))
+    mbarrier.arrive(told.index(slot), count=1)
+    return tile_told(tiles, slot)
+
+
+@gluon.jit
+def tile_told(tiles, slot):
+    return gl.max(tiles.index(slot).slice(0, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def next_tile(schedule, turn):
+    """A consumer's next tile, -1 if there is none."""
+    _, tiles, told, heard, _ = schedule
+    slot = turn % 2
+    mbarrier.wait(told.index(slot), turn // 2 % 2)
+    tile = tile_told(tiles, slot)
+    mbarrier.arrive(heard.index(slot), count=1)
+    return tile
 
 
 @gluon.jit
