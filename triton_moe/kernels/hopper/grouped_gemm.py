@@ -116,8 +116,8 @@ def produce(
     turn = 0
     tile = first_tile(schedule)
     while tile >= 0:
-        if RAGGED_A:
-            taken = take_number(schedule)
+        if RAGGED_A:  # a short reduction: the number must be on its way
+            number = take_number(schedule)
         expert, width, offset, first_row, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, TILE_N)
         local = gl.minimum(rows, num_rows - 1)
         if RAGGED_A:
@@ -153,9 +153,9 @@ def produce(
             a_ptrs += BLOCK_K
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = advance(stage, phase, STAGES)
-        if not RAGGED_A:
-            taken = take_number(schedule)
-        tile = hand_out(schedule, taken, turn)
+        if not RAGGED_A:  # a long one: taken late, nobody gets a tile that another has time for
+            number = take_number(schedule)
+        tile = hand_out(schedule, number, turn)
         turn += 1
     async_copy.wait_group(0)
 

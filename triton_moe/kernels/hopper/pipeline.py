@@ -29,6 +29,9 @@ PIECE_N = gl.constexpr(64)
 """Columns that a consumer finishes at a time: never of two experts, nor of gate and up."""
 PRODUCER_THREADS = gl.constexpr(128)
 
+THREADS_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+"""An element a thread."""
+
 # triton 3.9 renamed these.
 copy_elements = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -88,60 +91,64 @@ def make_ring(
 
 @gluon.jit
 def make_schedule(counter, num_tiles):
-    """-> the counter, tiles on their way from the producer to `next_tile`, barriers (one is told, both have heard it),
-    and the number of tiles."""
+    """-> the counter, the number of tiles, two slots for tiles on their way from the producer to the consumers, and two
+    barriers a slot: told, by the producer; heard, by both consumers."""
     tiles = gl.allocate_shared_memory(gl.int32, [2, PRODUCER_THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(2):
         mbarrier.init(told.index(slot), count=1)
         mbarrier.init(heard.index(slot), count=2)
-    return counter, tiles, told, heard, num_tiles
+    return counter, num_tiles, tiles, told, heard
 
 
 @gluon.jit
 def first_tile(schedule):
     """A program's first tile, its own number; -1 if there are fewer."""
-    return gl.where(gl.program_id(0) < schedule[4], gl.program_id(0), -1)
+    _, num_tiles, _, _, _ = schedule
+    return gl.where(gl.program_id(0) < num_tiles, gl.program_id(0), -1)
 
 
 @gluon.jit
 def take_number(schedule):
-    """The counter's next number, early enough that nobody waits for it; of the first thread alone."""
-    threads = gl.arange(0, PRODUCER_THREADS, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    one = gl.full((PRODUCER_THREADS,), 1, gl.int32, threads.type.layout)
-    return gl.atomic_add(schedule[0] + 0 * threads, one, mask=threads == 0, sem="relaxed")
+    """The counter's next number, in the first of the producer's threads. So no thread has to tell the others, and this
+    one goes on until `hand_out` needs the number."""
+    counter, _, _, _, _ = schedule
+    threads = gl.arange(0, PRODUCER_THREADS, layout=THREADS_LAYOUT)
+    one = gl.full((PRODUCER_THREADS,), 1, gl.int32, THREADS_LAYOUT)
+    return gl.atomic_add(counter + 0 * threads, one, mask=threads == 0, sem="relaxed")
 
 
 @gluon.jit
-def hand_out(schedule, taken, turn):
+def hand_out(schedule, number, turn):
     """The producer's next tile, by the number it took, -1 if there is none. Consumers are told.
 
     As many numbers are taken as there are tiles, one for each; the last leaves the counter at 0, as it was.
     """
-    counter, tiles, told, heard, num_tiles = schedule
+    counter, num_tiles, tiles, told, heard = schedule
+    threads = gl.arange(0, PRODUCER_THREADS, layout=THREADS_LAYOUT)
+    gl.store(counter + 0 * threads, 0 * threads, mask=(threads == 0) & (number == num_tiles - 1))
+    tile = gl.num_programs(0) + number
     slot = turn % 2
-    threads = gl.arange(0, PRODUCER_THREADS, layout=taken.type.layout)
-    gl.store(counter + 0 * threads, 0 * threads, mask=(threads == 0) & (taken == num_tiles - 1))
-    tile = gl.num_programs(0) + taken
     mbarrier.wait(heard.index(slot), turn // 2 % 2 ^ 1)
     tiles.index(slot).store(gl.where(tile < num_tiles, tile, -1))
     mbarrier.arrive(told.index(slot), count=1)
-    return tile_told(tiles, slot)
+    return tile_told(tiles.index(slot))
 
 
 @gluon.jit
-def tile_told(tiles, slot):
-    return gl.max(tiles.index(slot).slice(0, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def tile_told(slot):
+    """What the first thread stored there, as a scalar."""
+    return gl.max(slot.slice(0, 1).load(THREADS_LAYOUT), 0)
 
 
 @gluon.jit
 def next_tile(schedule, turn):
-    """A consumer's next tile, -1 if there is none."""
-    _, tiles, told, heard, _ = schedule
+    """A consumer's next tile, -1 if there is none. `turn` counts the calls; the first two are the slots' first."""
+    _, _, tiles, told, heard = schedule
     slot = turn % 2
     mbarrier.wait(told.index(slot), turn // 2 % 2)
-    tile = tile_told(tiles, slot)
+    tile = tile_told(tiles.index(slot))
     mbarrier.arrive(heard.index(slot), count=1)
     return tile
 
