@@ -218,13 +218,19 @@ def accuracy(rows: Rows) -> list[Table]:
 
 
 def stress(rows: Rows) -> list[Table]:
-    """Of each backend the last row of those that asked for most draws."""
-    most = {row["backend"]: row for row in sorted(rows, key=lambda row: int(row["asked"]))}
-    said = [
-        f"backend {row['backend']} {row['draws']} draws, {row['mismatches']} outside the error budget, "
-        f"{row['bitwise_differences']} that differed between two runs ({machine(row)})"
-        for row in most.values()
-    ]
+    """Of each backend the large runs of the last commit that had one, added up; others repeat a draw that failed."""
+    large = [row for row in rows if int(row["asked"]) >= 1000]
+    last = {row["backend"]: row for row in large}
+    said = []
+    for backend, of_last in last.items():
+        runs = [row for row in large if (row["backend"], row["commit"]) == (backend, of_last["commit"])]
+        draws, mismatches, differences = (
+            sum(int(row[name]) for row in runs) for name in ("draws", "mismatches", "bitwise_differences")
+        )
+        said.append(
+            f"backend {backend} {draws} draws, {mismatches} outside the error budget, {differences} that differed "
+            f"between two runs ({machine(of_last)})"
+        )
     return [
         Table(
             f"Random layers and routings, forward and backward, each against the oracle and run twice: "

@@ -136,11 +136,11 @@ def test_documents_say_what_the_rows_say(path: Path) -> None:
 
 def test_newest_rows_alone(tmp_path: Path) -> None:
     row = dict.fromkeys(("backend", "draws", "mismatches", "bitwise_differences", "gpu", "torch", "triton"), "0")
-    asked = {"old": "9", "new": "10", "one": "1"}  # one repeats a draw that failed
-    rows = [{**row, "asked": asked[draws], "draws": draws, "date": "d", "commit": draws} for draws in asked]
+    runs = (("old", "9000"), ("new", "1000"), ("new", "2000"), ("newest", "1"))  # one repeats a draw that failed
+    rows = [{**row, "asked": asked, "draws": asked, "date": "d", "commit": commit} for commit, asked in runs]
     results.append(tmp_path / "stress.csv", rows)
     (table,) = tables.tables_of(tmp_path)
-    assert "run twice: backend 0 new draws, 0 outside" in table.caption
+    assert "run twice: backend 0 3000 draws, 0 outside" in table.caption
 
 
 def test_ratios_come_from_one_run() -> None:
