@@ -183,6 +183,33 @@ def test_checkpointing_doubles_nothing(
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
+def test_two_passes_before_backward(use_reentrant: bool) -> None:
+    """Which of them is repeated with which bias cannot be told; where the loop moves the bias it is the same one."""
+    model = Checkpointed(layer_with(IN_FORWARD), use_reentrant)
+    first, second = (tokens(seed=seed).requires_grad_() for seed in range(2))
+    loss = sum(model(x)[0].sum() for x in (first, second))
+    with pytest.raises(ValueError, match=r"^update_in_forward: expected .*, got 2 passes"):
+        loss.backward()  # type: ignore[union-attr]
+    model, plain = Checkpointed(layer_with(SMEBU), use_reentrant), layer_with(SMEBU)
+    for layer in (model, plain):
+        (layer(first)[0] + layer(second)[0]).sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_pass_between_that_nothing_is_learnt_from() -> None:
+    """It takes the bias as it is, and leaves what backward will repeat."""
+    model, plain = Checkpointed(layer_with(IN_FORWARD), False), layer_with(IN_FORWARD)
+    for layer in (model, plain):
+        out = layer(tokens().requires_grad_())[0]
+        with torch.inference_mode():
+            layer(tokens(seed=1))
+        out.sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double, nn.Module.float])
 def test_stays_in_fp32(cast: Callable[[nn.Module], nn.Module]) -> None:
     layer = layer_with(SMEBU)

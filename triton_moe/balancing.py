@@ -47,7 +47,11 @@ class BiasBalancing:
     beta: float = 0.5
     """Of smebu: 0 <= beta < 1, the momentum's share of the last one."""
     update_in_forward: bool = False
-    """Whether each forward pass in training moves the bias, after its own choice, instead of the training loop."""
+    """Whether each forward pass in training moves the bias, after its own choice, instead of the training loop.
+
+    One bias is kept for activation checkpointing to repeat a pass with, the last one's: backward must repeat a pass
+    before the layer's next pass in training. Otherwise it raises ValueError; compiled, it does not notice.
+    """
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -79,6 +83,8 @@ class BiasBalanced(nn.Module):
     expert_bias_momentum: Tensor
     expert_counts: Tensor
     _kept_bias: Tensor
+    _passes = 0
+    """Forward passes in training since backward last repeated one."""
 
     def _register_expert_bias(
         self, balancing: BiasBalancing | None, num_experts: int, device: torch.device | str | None
@@ -114,6 +120,16 @@ class BiasBalanced(nn.Module):
             return None
         if not (self.training and self.balancing.update_in_forward):
             return self.expert_bias
+        if not torch.compiler.is_compiling():  # which cannot trace any of this
+            if torch.is_inference_mode_enabled():
+                return self.expert_bias
+            repeated = ops.is_recomputed()
+            if repeated and self._passes > 1:
+                raise ValueError(
+                    "update_in_forward: expected backward to repeat a checkpointed pass before the layer's next pass "
+                    f"in training, got {self._passes} passes since it last did"
+                )
+            self._passes = 0 if repeated else self._passes + 1
         ops.keep_bias(self._kept_bias, self.expert_bias)
         return self._kept_bias
 

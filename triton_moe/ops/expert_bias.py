@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
+    """Whether a backward pass is running in this thread."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _counts() -> bool:
-    return not _is_recomputed() and not torch.is_inference_mode_enabled()
+    return not is_recomputed() and not torch.is_inference_mode_enabled()
 
 
 def all_reduced(counts: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -43,7 +44,7 @@ def move_bias(
 
 
 def _keep_bias(kept: Tensor, bias: Tensor) -> None:
-    if not _is_recomputed():
+    if not is_recomputed():
         kept.copy_(bias)
 
 
