@@ -68,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = run_of("bench_profile", args, PROFILED if torch.cuda.is_available() else PROFILED_ON_CPU)
         return conclude(run, [profile(run, case) for case in cases], ("case", "contestant", "stage", "ms", "percent"))
     run = run_of("bench_moe", args)
-    measured = [run.time(case, MEASURES) for case in cases]
-    run.finish(measured)
-    return conclude(run, measured, SHOWN)
+    return conclude(run, run.time_all(cases, MEASURES), SHOWN)
 
 
 if __name__ == "__main__":

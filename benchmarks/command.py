@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,7 +13,7 @@ from pathlib import Path
 import torch
 from cases import BenchCase, select, with_batch_sizes
 from contestants import CONTESTANTS
-from measure import Refusal, Row, exit_code, measure, profiled, table
+from measure import LAUNCHES, Refusal, Row, exit_code, measure, profiled, table
 from results import append, folder, provenance, text
 from timing import ceilings
 
@@ -74,8 +76,8 @@ class Run:
         return found
 
     def time(self, case: BenchCase, what: Sequence[str], first: Row | None = None) -> Measured:
-        """Measure one case; `first` are its rows' first columns. Rows go to the files, but those that still want the
-        profiler, which must wait until all is timed, only when `finish` has been called."""
+        """Measure one case; `first` are its rows' first columns. Rows go to the files, but for those that still want
+        the profiler."""
         machine = self.machine
         rows, refusals = measure(case, self.contestants, self.dtype, self.device, what, quick=self.quick)
         rows = [(first or {}) | row for row in rows]
@@ -87,11 +89,24 @@ class Run:
         print(f"{case.name}: {len(rows)} contestants measured", flush=True)
         return Measured(case, rows, refusals)
 
-    def finish(self, measured: Sequence[Measured]) -> None:
-        for of_case in measured:
-            for row in of_case.rows:
-                row |= profiled(of_case.case, str(row["contestant"]), self.dtype, self.device) | self.machine
-                append(self.path, [row])
+    def time_all(self, cases: Sequence[BenchCase], what: Sequence[str]) -> list[Measured]:
+        """Measure cases one after the other. The profiler waits until all is timed; if the command is ended before, by
+        a signal too, the rows that there are go to the file without it."""
+        measured: list[Measured] = []
+        waiting: list[tuple[BenchCase, Row]] = []
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            for case in cases:
+                measured.append(self.time(case, what))
+                waiting += [(case, row) for row in measured[-1].rows if "launches" in what]
+            while waiting:
+                case, row = waiting[0]
+                row |= profiled(case, str(row["contestant"]), self.dtype, self.device) | self.machine
+                append(self.path, [waiting.pop(0)[1]])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            append(self.path, [row | dict.fromkeys(LAUNCHES) | self.machine for _, row in waiting])
+        return measured
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,4 @@ def timing_command(benchmark: str, what: Sequence[str], argv: Sequence[str] | No
     add_cases(parser)
     args = parser.parse_args(argv)
     run, cases = run_of(benchmark, args), cases_of(parser, args)
-    measured = [run.time(case, what) for case in cases]
-    if "launches" in what:
-        run.finish(measured)
-    return conclude(run, measured, SHOWN)
+    return conclude(run, run.time_all(cases, what), SHOWN)

@@ -33,6 +33,8 @@ class Layer:
     """Where its stages can be taken apart."""
     replayed: bool = False
     """Whether it is captured as CUDA graphs, the forward pass as one and a step as one, and their replays are timed."""
+    library: str = ""
+    """Whose kernels it runs on, and their version, unless they are PyTorch's or ours."""
     another_function: bool = False
     """Whether it computes something else, so that no oracle can judge it."""
 

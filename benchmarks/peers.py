@@ -54,7 +54,7 @@ def scattermoe(config: MoEConfig, state: State) -> Layer:
         )
     mlp.get_submodule("experts").register_parameter("weight", weights.up)
     mlp.get_submodule("output_experts").register_parameter("weight", weights.down)
-    return stacked_layer(config, state, [weights], mlp)
+    return stacked_layer(config, state, [weights], mlp, "scattermoe")
 
 
 def transformers_grouped_mm(config: MoEConfig, state: State) -> Layer:
@@ -82,7 +82,7 @@ def transformers_grouped_mm(config: MoEConfig, state: State) -> Layer:
     def call(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return experts(x, topk_ids.long(), topk_weights)
 
-    return stacked_layer(config, state, [weights], call)
+    return stacked_layer(config, state, [weights], call, "transformers")
 
 
 def sonic_moe(config: MoEConfig, state: State) -> Layer:
@@ -108,7 +108,7 @@ def sonic_moe(config: MoEConfig, state: State) -> Layer:
         routing = (topk_weights.float().flatten(), token_ids, topk_ids.int().flatten())
         return library.moe_general_routing_inputs(x, *routing, up, None, down, None, num_experts, stream, activation)[0]
 
-    return stacked_layer(config, state, [weights], experts)
+    return stacked_layer(config, state, [weights], experts, "sonic-moe")
 
 
 def momoe(config: MoEConfig, state: State) -> Layer:
@@ -131,4 +131,4 @@ def momoe(config: MoEConfig, state: State) -> Layer:
         chosen = torch.zeros(shape, dtype=torch.int32, device=x.device).scatter(1, ids, 1)
         return module(x[None], chosen.t().contiguous(), scores.t().contiguous())[0][0]
 
-    return stacked_layer(config, state, [weights], experts)
+    return stacked_layer(config, state, [weights], experts, "momoe")

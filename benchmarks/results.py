@@ -26,11 +26,16 @@ def _output_of(*command: str) -> str:
     return done.stdout.strip()
 
 
-def _version_of(package: str) -> str:
+def version_of(package: str) -> str:
+    """Nothing if it is not installed, or only lies on the path."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def with_version(package: str) -> str:
+    return f"{package} {version_of(package)}".strip()
 
 
 def provenance(device: torch.device) -> dict[str, str]:
@@ -44,7 +49,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "driver": driver.partition("\n")[0],
         "torch": torch.__version__,
-        "triton": _version_of("triton"),
+        "triton": version_of("triton"),
         "python": platform.python_version(),
         "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from layers import Layer, State, routed
+from results import with_version
 from torch import Tensor, nn
 
 from triton_moe import MoEConfig
@@ -85,8 +86,9 @@ def stacked_layer(
     state: State,
     weights: Sequence[Stacked],
     experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+    library: str = "",
 ) -> Layer:
-    """`experts(x, topk_weights, topk_ids)`, which use these weights, behind our router."""
+    """`experts(x, topk_weights, topk_ids)`, which use these weights, behind our router; `library`: whose they are."""
     router_weight = nn.Parameter(state["router.weight"].clone())
 
     def gradients() -> dict[str, Tensor]:
@@ -97,4 +99,5 @@ def stacked_layer(
         return {"drouter": router_weight.grad, **found}
 
     parameters: list[Tensor] = [router_weight, *(weight for group in weights for weight in group.parameters())]
-    return Layer(lambda x: experts(x, *routed(x, router_weight, config)), parameters, gradients)
+    called = with_version(library) if library else ""
+    return Layer(lambda x: experts(x, *routed(x, router_weight, config)), parameters, gradients, library=called)

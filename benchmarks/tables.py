@@ -44,8 +44,8 @@ def rows_of(path: Path) -> Rows:
         return list(csv.DictReader(file))
 
 
-def run_of(row: dict[str, str]) -> tuple[str, str]:
-    return row["date"], row["commit"]
+def run_of(row: dict[str, str]) -> tuple[str, str, str]:
+    return row["date"], row["commit"], row["gpu"]
 
 
 def newest(rows: Rows) -> Rows:
@@ -55,7 +55,7 @@ def newest(rows: Rows) -> Rows:
 
 def newest_of_each_case(rows: Rows, contestants: Collection[str]) -> list[Rows]:
     """Of each case the rows of the last run that had all these contestants: ratios come from one run."""
-    runs: dict[str, dict[tuple[str, str], dict[str, dict[str, str]]]] = {}
+    runs: dict[str, dict[tuple[str, str, str], dict[str, dict[str, str]]]] = {}
     for row in rows:
         contestant = row.get("contestant", "")
         if contestant in contestants:

@@ -20,6 +20,14 @@ WARM_UP = 3
 MAX_ITERATIONS = 2000
 
 
+class CallFailed(Exception):
+    """A call raised while it was timed; the cause is what it raised."""
+
+    def __init__(self, name: object) -> None:
+        super().__init__(f"{name} failed")
+        self.name = name
+
+
 @dataclass(frozen=True)
 class WallTime:
     """Milliseconds a call."""
@@ -55,24 +63,31 @@ class Effort:
 QUICK = Effort(repeats=3, loop_seconds=0.005)
 
 
+def _loop_of(name: object, call: Call, iterations: int, device: torch.device) -> float:
+    try:
+        return _loop_seconds(call, iterations, device)
+    except Exception as error:
+        raise CallFailed(name) from error
+
+
 def wall_times(calls: Mapping[Name, Call], device: torch.device, effort: Effort | None = None) -> dict[Name, WallTime]:
     """Time each call: in each of `effort.repeats` rounds every one runs its loop, in turn.
 
     All are warmed up (compiled, tuned) before the first round, and each is called once, untimed, before its loop. The
     L2 is neither flushed nor filled: a call finds what the one before it left, a step the last tensors of a backward
-    pass, as in training.
+    pass, as in training. Raises CallFailed, naming the call, if one raises.
     """
     effort = effort or Effort()
     iterations: dict[Name, int] = {}
     for name, call in calls.items():
-        _loop_seconds(call, WARM_UP, device)
-        estimate = _loop_seconds(call, WARM_UP, device) / WARM_UP
+        _loop_of(name, call, WARM_UP, device)
+        estimate = _loop_of(name, call, WARM_UP, device) / WARM_UP
         iterations[name] = min(MAX_ITERATIONS, max(1, math.ceil(effort.loop_seconds / estimate)))
     rounds: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(effort.repeats):
         for name, call in calls.items():
-            call()
-            rounds[name].append(_loop_seconds(call, iterations[name], device) / iterations[name] * 1e3)
+            _loop_of(name, call, 1, device)
+            rounds[name].append(_loop_of(name, call, iterations[name], device) / iterations[name] * 1e3)
     return {name: WallTime(statistics.median(ms), max(ms) - min(ms)) for name, ms in rounds.items()}
 
 

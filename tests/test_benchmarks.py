@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import accuracy
 import bench_decode
@@ -30,7 +33,7 @@ import tables
 import torch
 from cases import CASES, GROUPS, bench_case, select, with_batch_sizes
 
-from triton_moe import moe_mlp, products
+from triton_moe import MoEConfig, moe_mlp, products
 from triton_moe.testing import SEED_CASES
 
 PROVENANCE = ["gpu", "driver", "torch", "triton", "python", "commit", "date"]
@@ -68,6 +71,8 @@ def test_bench_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
     for row in rows:
         assert min(float(row[column]) for column in ("forward_ms", "step_ms", "forward_tflops", "saved_MiB")) > 0
+        forward, backward, whole = (float(row[f"{name}_ms"]) for name in ("forward", "backward", "step"))
+        assert backward == pytest.approx(whole - forward, rel=2e-2, abs=2e-3)
     printed = capsys.readouterr().out
     assert "quick_uniform: no time for scattermoe. ScatterMoE runs on CUDA alone." in printed
     assert "quick_variable: no time for scattermoe. ScatterMoE takes experts of one width." in printed
@@ -86,6 +91,62 @@ def test_a_contestant_that_raises_is_named(
     assert (row["benchmark"], row["case"], row["contestant"]) == ("bench_moe", "quick_uniform", "grouped_mm")
     assert (row["kind"], row["reason"]) == ("crashed", "RuntimeError: no such kernel")
     assert list(row)[-len(PROVENANCE) :] == PROVENANCE
+
+
+@pytest.mark.parametrize("passed", [0, 4])
+def test_a_contestant_that_raises_while_it_is_timed(
+    passed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many calls. It gets a row in refused.csv, and the others their times."""
+    build, time, left = contestants.CONTESTANTS["grouped_mm"], measure.wall_times, [10**6]
+
+    def broken(config: MoEConfig, state: layers.State) -> layers.Layer:
+        layer = build(config, state)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("illegal memory access")
+            return layer.forward(x)
+
+        return dataclasses.replace(layer, forward=forward)
+
+    def timed(*arguments: Any) -> Any:
+        left[0] = min(left[0], passed)
+        return time(*arguments)
+
+    monkeypatch.setattr(measure, "wall_times", timed)
+    monkeypatch.setitem(contestants.CONTESTANTS, "grouped_mm", broken)
+    arguments = ["--quick", "--cases", "quick_uniform", "--contestants", "grouped_mm", "triton_moe"]
+    assert bench_moe.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert [row["contestant"] for row in rows_of(tmp_path / "bench_moe.csv")] == ["triton_moe"]
+    (row,) = rows_of(tmp_path / "refused.csv")
+    assert (row["contestant"], row["kind"]) == ("grouped_mm", "crashed")
+    assert row["reason"] == "RuntimeError: illegal memory access"
+
+
+def test_what_was_timed_is_kept_when_the_command_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(config: MoEConfig, state: layers.State) -> layers.Layer:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was not seen")
+
+    build = contestants.CONTESTANTS["grouped_mm"]
+    monkeypatch.setitem(
+        contestants.CONTESTANTS,
+        "grouped_mm",
+        lambda config, state: (build if len(config.layout.width_classes) == 1 else ended)(config, state),
+    )
+    arguments = ["--quick", "--contestants", "triton_moe", "grouped_mm", "--out", str(tmp_path)]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        bench_moe.main(arguments)
+    assert signal.getsignal(signal.SIGTERM) is before
+    rows = rows_of(tmp_path / "bench_moe.csv")
+    assert [(row["case"], row["contestant"]) for row in rows] == [
+        ("quick_uniform", "triton_moe"),
+        ("quick_uniform", "grouped_mm"),
+    ]
+    assert all(row["launches_step"] == "" for row in rows)
 
 
 def test_nothing_measured_is_a_failure(tmp_path: Path) -> None:
