@@ -240,15 +240,16 @@ def stress(rows: Rows) -> list[Table]:
 
 
 def training(rows: Rows) -> list[Table]:
-    """A line a contestant: what a training step takes."""
-    rows = newest(rows)
+    """A line a contestant and way of compiling, from the last run of each: what a training step takes."""
+    runs = {row["compile"]: run_of(row) for row in rows}
+    rows = [row for row in rows if run_of(row) == runs[row["compile"]]]
     first = rows[-1]
     caption = (
         f"Training steps of examples/train_gpt.py: {first['num_layers']} layers, hidden size {first['hidden_size']}, "
         f"{first['sizes']} top-{first['num_active_experts']} {first['activation']}, {first['batch_size']} sequences of "
         f"{first['context']} tokens, {first['precision']}, compiled, {first['optimizer']}, medians of loops in which "
         f"the models take turns; the share of MoE MLPs is what a step takes longer than without them "
-        f"({machine(first)}; `bench_train.csv`)."
+        f"({machines(rows)}; `bench_train.csv`)."
     )
     body = []
     for row in rows:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -350,6 +351,19 @@ def test_roofline(tmp_path: Path) -> None:
     assert "scatter 75%" in (tmp_path / "deep" / "roofline.svg").read_text()
     with pytest.raises(ValueError, match="rows: expected one"):
         roofline.draw([scatter], tmp_path / "none.svg")
+
+
+def test_the_committed_roofline_is_of_the_newest_rows(tmp_path: Path) -> None:
+    """By the texts after the axes': versions of Matplotlib differ in where lines are and in what ticks say."""
+
+    def texts(path: Path) -> list[str]:
+        return re.findall("<!-- (.*) -->", path.read_text().partition("<!-- TFLOP/s -->")[2])
+
+    assert roofline.main(["--out", str(tmp_path / "roofline.svg")]) == 0
+    drawn = texts(tmp_path / "roofline.svg")
+    assert drawn == texts(results.ROOT / "docs" / "roofline.svg")
+    newest = [row for row in rows_of(tables.RESULTS / "bench_kernels.csv") if row["case"] == "128x256_top8"][-1]
+    assert f"{newest['case']}, {newest['gpu']}, {newest['date']}, {newest['commit']}" in drawn
 
 
 def test_decode(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The tables, the documents and the page are made of the rows, and of nothing else."""
 
+import contextlib
+import importlib
 import re
 import subprocess
 from html.parser import HTMLParser
@@ -197,9 +199,34 @@ def test_without_the_repository_there_is_a_sentence(
     assert "the benchmarks are in the repository, not in the installed package" in done.output
 
 
-def test_an_unknown_benchmark_is_refused() -> None:
-    done = CliRunner().invoke(cli.app, ["bench", "nothing"], env={"COLUMNS": "400", "TERM": "dumb"})
+def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = CliRunner().invoke(cli.app, ["bench", "decode", "--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert [row["T"] for row in tables.rows_of(tmp_path / "bench_decode.csv")] == ["1", "2"]
+
+
+def test_what_is_offered_is_what_takes_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all scripts that are commands: the others are tools, or train for minutes."""
+    offered, quick = set(), set()
+    for path in sorted(cli.BENCHMARKS.glob("*.py")):
+        if '__name__ == "__main__"' not in path.read_text():
+            continue
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(path.stem).main(["--help"])
+        assert ended.value.code == 0
+        if "--quick" in capsys.readouterr().out:
+            quick.add(path.stem)
+        with contextlib.suppress(ValueError):
+            offered.add(cli._benchmark(path.stem.removeprefix("bench_")).stem)
+    assert offered == quick
+    assert {"bench_moe", "validate_training"} < offered
+
+
+@pytest.mark.parametrize("name", ["nothing", "sanitize", "report"])
+def test_another_name_is_refused(name: str) -> None:
+    done = CliRunner().invoke(cli.app, ["bench", name], env={"COLUMNS": "400", "TERM": "dumb"})
     assert done.exit_code == 2
-    assert "name: expected one of accuracy, " in done.output
-    assert ", forward, " in done.output
-    assert "got 'nothing'" in done.output
+    assert "name: expected one of accuracy, cold_start, decode, forward, " in done.output
+    assert ", stress, train, validate_training, got " in done.output
+    assert f"got '{name}'" in done.output

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ from triton_moe.train.trainer import Trainer, stop_on_signal
 
 RUNS = Path("runs")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+_OTHER_BENCHMARKS = ("accuracy", "cold_start", "gradients", "soak", "stress", "validate_training")
+"""What `bench` offers beside bench_*.py. All take `--quick`; a script that does not is a tool, and not offered."""
 PROMPT = b"def "
 _REPORT_EVERY = 10
 """Steps between two readings of the loss, each of which waits for the device."""
@@ -296,25 +299,33 @@ def tune(
     console.print(f"Rows are in {out}; TRITON_MOE_TUNING={out} puts them to use.")
 
 
-def _benchmarks() -> dict[str, Path]:
-    """The scripts that are commands, by name. Raises ValueError if the package is installed without them."""
-    if not (BENCHMARKS / "bench_moe.py").exists():
+def _script(name: str) -> Path:
+    """Raises ValueError if the package is installed without the repository's scripts."""
+    path = BENCHMARKS / f"{name}.py"
+    if not path.exists():
         raise ValueError(
             "the benchmarks are in the repository, not in the installed package: clone it, and run "
             "`uv run triton-moe bench` there"
         )
-    scripts = {path.stem.removeprefix("bench_"): path for path in sorted(BENCHMARKS.glob("*.py"))}
-    return {name: path for name, path in scripts.items() if '__name__ == "__main__"' in path.read_text()}
+    return path
 
 
-def _run_benchmark(name: str, arguments: list[str]) -> None:
+def _benchmark(name: str) -> Path:
+    """What `bench` runs by that name. Raises ValueError on another one, and without the repository."""
+    _script("bench_moe")
+    scripts = {path.stem.removeprefix("bench_"): path for path in BENCHMARKS.glob("bench_*.py")}
+    scripts |= {other: _script(other) for other in _OTHER_BENCHMARKS}
+    if name not in scripts:
+        raise ValueError(f"name: expected one of {', '.join(sorted(scripts))}, got {name!r}")
+    return scripts[name]
+
+
+def _run(find: Callable[[str], Path], name: str, arguments: list[str]) -> None:
     try:
-        commands = _benchmarks()
-        if name not in commands:
-            raise ValueError(f"name: expected one of {', '.join(commands)}, got {name!r}")
+        script = find(name)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    done = subprocess.run([sys.executable, str(commands[name]), *arguments], check=False)
+    done = subprocess.run([sys.executable, str(script), *arguments], check=False)
     raise typer.Exit(done.returncode)
 
 
@@ -332,7 +343,7 @@ def bench(
     name, *options = arguments or ["moe"]
     if name.startswith("-"):
         name, options = "moe", [name, *options]
-    _run_benchmark(name, options)
+    _run(_benchmark, name, options)
 
 
 @app.command(context_settings=_PASSED_ON)
@@ -342,4 +353,4 @@ def report(
     ] = None,
 ) -> None:
     """Write the README's tables and report.html, a page of tables and plots, from the rows of the benchmarks."""
-    _run_benchmark("report", arguments or [])
+    _run(_script, "report", arguments or [])

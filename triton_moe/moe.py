@@ -146,7 +146,8 @@ class MoEMLP(Experts, BiasBalanced):
     activations only `w3 (H, S)`, w1 being the gate. Expert e owns the columns `layout.columns(e)` of w1 and w3 and the
     same rows of w2. Nothing else is in the state dict, but with biases `b1 (S)`, `b2 (E, H)` and, if gated, `b3 (S)`,
     with balancing the buffers `expert_bias` and `expert_bias_momentum`, `(E)` fp32, and with a shared expert its
-    weights, `shared.w1` and so on.
+    weights, `shared.w1` and so on. With `shared_null_logit` and N null experts `router.weight` is `(E - N + 1, H)`: a
+    row for each other expert, in order, then that of the null ones.
 
     On the kernels the output and the losses are one node of autograd's graph: differentiate them together, as a
     training step does, or one after the other with `retain_graph=True`.
