@@ -36,7 +36,7 @@ from optimizers import optimizers
 from padded_experts import PaddedMoEMLP
 from safetensors import safe_open
 from safetensors.torch import save_file
-from settings import CHOICES, Config
+from settings import CHOICES, STEPS, Config
 from tokenizers import Tokenizer
 from torch import Tensor
 from utilization import mfu, peak_flops, plot_usage
@@ -76,8 +76,9 @@ class Training:
     """A model, its optimizers, and how far they are. The config, the text and `done` decide the next step's numbers."""
 
     def __init__(self, config: Config, tokens: Tokens, device: torch.device, moe: MoE | None = None) -> None:
-        """`moe` builds the MoE layers in place of what the config says."""
+        """`moe` builds the MoE layers in place of what the config says. Passes become the steps that this text has."""
         tokens.check_context(config.context)
+        config = config.on(tokens)
         if config.compile == "graph" and device.type != "cuda":
             raise ValueError(f"compile: expected off, blocks or model on {device.type}, got 'graph'")
         self.config, self.tokens, self.device = config, tokens, device
@@ -302,9 +303,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the MFU (known for some)")
     for field in dataclasses.fields(Config):
-        kind = {"int": int, "float": float, "str": str}.get(str(field.type), parse_sizes)
+        kind = {"int": int, "int | None": int, "float": float, "str": str}.get(str(field.type), parse_sizes)
         name, choices = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
         about = "such as 32x512+32x128" if kind is parse_sizes else str(field.default)
+        about = {"steps": str(STEPS), "passes": "over the text, in place of steps"}.get(field.name, about)
         parser.add_argument(name, type=kind, choices=choices, default=argparse.SUPPRESS, help=f"({about})")
     args = parser.parse_args(argv)
     return args, {field.name: vars(args)[field.name] for field in dataclasses.fields(Config) if field.name in args}

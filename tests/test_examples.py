@@ -37,7 +37,7 @@ def options(config: Config) -> list[str]:
     """Of the command line, where they are not the defaults."""
     changed = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
     changed["expert_sizes"] = "+".join(f"{count}x{width}" for count, width in config.expert_sizes)
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in changed.items()]
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in changed.items() if value is not None]
     return [word for pair in given for word in pair] + ["--device", "cpu", "--data", str(TEXT)]
 
 
@@ -377,6 +377,8 @@ class TestErrors:
             ({"balancing": None}, "balancing: expected one of none, smebu, sign, got None"),
             ({"compile": True}, "compile: expected one of off, blocks, model, graph, got True"),
             ({"steps": 0}, "steps: expected an integer of 1 or more, got 0"),
+            ({"steps": None, "passes": 0}, "passes: expected an integer of 1 or more, got 0"),
+            ({"passes": 2}, "passes: expected None beside steps = 6, got 2"),
             ({"accumulation": 1.5}, "accumulation: expected an integer of 1 or more, got 1.5"),
             ({"seed": -1}, "seed: expected an integer of 0 or more, got -1"),
             ({"learning_rate": -1.0}, r"learning_rate: expected 0 or more, got -1\.0"),
@@ -437,3 +439,27 @@ class TestExperiments:
 
     def test_changes_win_over_the_file(self) -> None:
         assert Config.read(EXPERIMENTS[0], seed=3).seed == 3
+
+    @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+    def test_makes_two_passes_whatever_the_text(self, path: Path, tokens: Tokens) -> None:
+        """Complete ones, but for a step; no more, for steps beside the file either way."""
+        config = Config.read(path)
+        for size in (200_000, 200_000 + 512 * 16, 2_000_000):
+            text = dataclasses.replace(tokens, train=torch.empty(size, dtype=torch.int32))
+            sequences, found = text.sequences_per_pass(512), config.on(text)
+            assert 2 * sequences - 32 < found.steps * 32 <= 2 * sequences
+            assert dataclasses.replace(config, passes=None, steps=found.steps) == found == found.on(text)
+        assert Config.read(path, steps=7) == dataclasses.replace(config, passes=None, steps=7)
+
+    def test_passes_are_steps_of_the_text(self, tmp_path: Path, tokens: Tokens) -> None:
+        """On the command line they win over a file's steps; the run's config has the steps, to go on with."""
+        path = tmp_path / "config.json"
+        config = dataclasses.replace(TINY, batch_size=1024, num_layers=1, num_heads=1)
+        path.write_text(json.dumps(dataclasses.asdict(config)))
+        arguments = ["--config", str(path), "--passes", "3", "--data", str(TEXT), "--device", "cpu"]
+        out, steps = tmp_path / "out", 3 * tokens.sequences_per_pass(16) // 1024
+        assert main([*arguments, "--out", str(out)]) == 0
+        result = json.loads((out / RESULT).read_text())
+        assert (result["steps"], result["config"]["steps"], result["config"]["passes"]) == (steps, steps, None)
+        assert 1 < result["passes"] <= 3
+        assert Config.from_dict({}).steps == 360
