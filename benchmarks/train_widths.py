@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import tempfile
@@ -44,7 +45,7 @@ DESCRIBED = (
 
 
 def experiment(name: str, config: Config, tokens: Tokens, device: torch.device, out: Path) -> dict[str, object]:
-    """One run, its files in `out` -> its row."""
+    """One run, its files in `out` -> its row. A run too short for a speed has nan for it."""
     torch.compiler.reset()  # other widths compile anew, and too many variants of one function are an error
     begun = time.perf_counter()
     result = train(Training(config, tokens, device), out)
@@ -54,6 +55,7 @@ def experiment(name: str, config: Config, tokens: Tokens, device: torch.device, 
         "sizes": "+".join(f"{count}x{width}" for count, width in config.expert_sizes),
         **{field: getattr(config, field) for field in DESCRIBED},
         **dataclasses.asdict(result),
+        "tokens_per_second": math.nan if result.tokens_per_second is None else result.tokens_per_second,
         "seconds": time.perf_counter() - begun,
         "text_sha256": tokens.sha256[:12],
         **provenance(device),
@@ -77,7 +79,8 @@ def draw(rows: Rows, path: Path) -> None:
         ax.grid(axis="y", alpha=0.4)
         ax.margins(y=0.2)
     axes[0].invert_yaxis()
-    axes[1].set_xlim(0, 1.05 * max(float(row["tokens_per_second"]) for row in rows))
+    rates = [rate for row in rows if not math.isnan(rate := float(row["tokens_per_second"]))]
+    axes[1].set_xlim(0, 1.05 * max(rates, default=1.0))
     first = rows[0]
     figure.suptitle(f"{first['steps']} steps, {float(first['passes']):.1f} passes, {first['gpu']}, {first['commit']}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,16 @@ def test_train_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.endswith(f"{plot}\n")
 
 
+def test_a_run_too_short_for_a_speed_is_drawn(tmp_path: Path) -> None:
+    text, config = tmp_path / "text", tmp_path / "short.json"
+    text.write_text(TEXT.read_text()[:12000])
+    config.write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), "batch_size": 128, **PASSES}))
+    assert train_widths.main([str(config), "--data", str(text), "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path / "train_widths.csv")
+    assert (int(row["steps"]) < 10, row["tokens_per_second"]) == (True, "nan")
+    assert (tmp_path / "train_widths.svg").exists()
+
+
 def test_too_little_text_for_a_step(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text(TEXT.read_text()[:20000])

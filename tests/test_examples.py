@@ -342,9 +342,25 @@ class TestMeasure:
         reports = [Report(100.0, 10, 5.0), Report(101.0, 20, 4.0), Report(104.0, 50, 3.0)]
         config = dataclasses.replace(TINY, accumulation=3)
         assert tokens_per_second(reports, config) == 40 * 3 * 4 * 16 / 4
-        assert math.isnan(tokens_per_second(reports[:1], config))
+        assert tokens_per_second(reports[:1], config) is None
         assert mfu(1000.0, 3e9, 12e12) == 0.25
-        assert mfu(1000.0, 3e9, None) is None
+        assert mfu(1000.0, 3e9, None) is mfu(None, 3e9, 12e12) is None
+
+    def test_a_run_too_short_for_a_speed_has_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Nor has one that is taken up at its end a loss of training; what is unknown is null in strict JSON."""
+
+        def outcome(*arguments: str) -> dict[str, Any]:
+            assert main([*arguments, "--peak-tflops", "1"]) == 0
+            shown = capsys.readouterr().out
+            assert "NaN" not in shown
+            assert "null" not in shown
+            assert "tokens_per_second" not in shown
+            result = json.loads((tmp_path / RESULT).read_text(), parse_constant=pytest.fail)
+            assert result["tokens_per_second"] is result["mfu"] is None
+            return result
+
+        assert outcome(*options(TINY), "--out", str(tmp_path))["train_loss"] > 0
+        assert outcome("--resume", str(tmp_path), "--data", str(TEXT), "--device", "cpu")["train_loss"] is None
 
     def test_peak(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert peak_flops(CPU) is None
