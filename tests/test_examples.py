@@ -311,12 +311,19 @@ class TestTraining:
 
     @OF_DYNAMO
     @pytest.mark.parametrize(
-        "changes", [{"backend": "triton"}, {"experts": "grouped_mm", "precision": "bf16"}], ids=["triton", "grouped_mm"]
+        ("compile", "changes"),
+        [
+            ("blocks", {"backend": "triton"}),
+            ("blocks", {"experts": "grouped_mm", "precision": "bf16"}),
+            ("model", {"backend": "triton", "balancing": "smebu"}),
+        ],
+        ids=["blocks", "blocks-grouped_mm", "model"],
     )
-    def test_blocks_share_one_compilation(
-        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], device: str
+    def test_a_compiled_step_is_the_eager_one(
+        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, compile: str, changes: dict[str, Any], device: str
     ) -> None:
-        """And the compiled step is the eager one. Without code generation, which a GPU's run has and takes its time."""
+        """Blocks share one graph, the head has its own; the model is one. Without code generation, which takes a GPU's
+        run its time."""
         torch.compiler.reset()
         real: Callable[..., Any] = torch.compile
         graphs: list[object] = []
@@ -328,13 +335,12 @@ class TestTraining:
         monkeypatch.setattr(torch, "compile", lambda f, **kwargs: real(f, backend=backend, **kwargs))
         config = dataclasses.replace(TINY, batch_size=2, **changes)
         eager, compiled = (
-            Training(dataclasses.replace(config, compile=how), tokens, torch.device(device))
-            for how in ("off", "blocks")
+            Training(dataclasses.replace(config, compile=how), tokens, torch.device(device)) for how in ("off", compile)
         )
         for _ in range(2):
             torch.testing.assert_close(compiled.step(), eager.step())
         assert compiled.held_out_loss(4) == pytest.approx(eager.held_out_loss(4), rel=1e-4)
-        assert len(graphs) == 2  # a block, the head
+        assert len(graphs) == {"blocks": 2, "model": 1}[compile]
 
 
 class TestMeasure:
