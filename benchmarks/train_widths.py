@@ -2,8 +2,8 @@
 
     python benchmarks/train_widths.py
 
-Each is a run of examples/train_gpt.py, for `PASSES` passes over the training text: so few that the loss on the text
-that is held out means something. Rows go to train_widths.csv, the plot of the newest run of each to
+Each is the run of examples/train_gpt.py that its file says: two passes over the training text, so few that the loss on
+the text that is held out means something. Rows go to train_widths.csv, the plot of the newest run of each to
 docs/train_widths.svg. Active parameters are about equal if all experts are chosen equally often, which a bias on the
 router's scores sees to; how many were active in fact is in the row.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import tempfile
@@ -36,7 +37,6 @@ plt.rcParams["svg.hashsalt"] = "triton-moe"  # the same file from the same rows
 EXPERIMENTS = sorted(
     (ROOT / "examples" / "experiments").glob("*.json"), key=lambda path: (path.stem != "uniform", path.stem)
 )
-PASSES = 2
 NAME = "train_widths.csv"
 DESCRIBED = (
     "num_active_experts", "hidden_size", "num_layers", "activation", "context", "batch_size", "vocabulary", "optimizer",
@@ -44,19 +44,10 @@ DESCRIBED = (
 )  # fmt: skip
 
 
-def steps_of(config: Config, tokens: Tokens) -> int:
-    """As many as `PASSES` passes have. Raises ValueError if that is none."""
-    steps = PASSES * tokens.train.numel() // config.tokens_per_step
-    if steps < 1:
-        raise ValueError(f"data: expected {config.tokens_per_step} tokens in {PASSES} passes, got fewer")
-    return steps
-
-
 def experiment(name: str, config: Config, tokens: Tokens, device: torch.device, out: Path) -> dict[str, object]:
-    """One run, its files in `out` -> its row."""
+    """One run, its files in `out` -> its row. A run too short for a speed has nan for it."""
     torch.compiler.reset()  # other widths compile anew, and too many variants of one function are an error
     begun = time.perf_counter()
-    config = dataclasses.replace(config, steps=steps_of(config, tokens))
     result = train(Training(config, tokens, device), out)
     assert result is not None
     return {
@@ -64,6 +55,7 @@ def experiment(name: str, config: Config, tokens: Tokens, device: torch.device, 
         "sizes": "+".join(f"{count}x{width}" for count, width in config.expert_sizes),
         **{field: getattr(config, field) for field in DESCRIBED},
         **dataclasses.asdict(result),
+        "tokens_per_second": math.nan if result.tokens_per_second is None else result.tokens_per_second,
         "seconds": time.perf_counter() - begun,
         "text_sha256": tokens.sha256[:12],
         **provenance(device),
@@ -87,7 +79,8 @@ def draw(rows: Rows, path: Path) -> None:
         ax.grid(axis="y", alpha=0.4)
         ax.margins(y=0.2)
     axes[0].invert_yaxis()
-    axes[1].set_xlim(0, 1.05 * max(float(row["tokens_per_second"]) for row in rows))
+    rates = [rate for row in rows if not math.isnan(rate := float(row["tokens_per_second"]))]
+    axes[1].set_xlim(0, 1.05 * max(rates, default=1.0))
     first = rows[0]
     figure.suptitle(f"{first['steps']} steps, {float(first['passes']):.1f} passes, {first['gpu']}, {first['commit']}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpe import Tokens
 from gpt import GPTConfig
 
 from triton_moe import BiasBalancing, MoEConfig
@@ -21,6 +22,9 @@ CHOICES = {
     "precision": ("bf16", "fp32"),
     "compile": ("off", "blocks", "model", "graph"),
 }
+
+STEPS = 360
+"""Of a run that is given neither steps nor passes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class Config:
     """Sequences of a micro-step."""
     accumulation: int = 1
     """Micro-steps whose gradients one step of the optimizer takes."""
-    steps: int = 360
+    steps: int = None  # type: ignore[assignment]  # STEPS, unless passes stand in
+    """None if, and only if, `passes` is a number."""
+    passes: int | None = None
+    """In place of steps: as many as take no sequence of the text more often than this. See `on`."""
     warm_up: int = 30
     """Steps over which the learning rate rises; then it follows a cosine."""
     optimizer: str = "adamw"
@@ -70,10 +77,16 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.passes is None and self.steps is None:
+            object.__setattr__(self, "steps", STEPS)
+        if self.passes is not None and self.steps is not None:
+            raise ValueError(f"passes: expected None beside steps = {self.steps!r}, got {self.passes!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in ("steps", "passes") and value is None:
+                continue
             least = 0 if field.name in ("seed", "warm_up") else 1
-            if field.type == "int" and (type(value) is not int or value < least):
+            if field.type in ("int", "int | None") and (type(value) is not int or value < least):
                 raise ValueError(f"{field.name}: expected an integer of {least} or more, got {value!r}")
             if field.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{field.name}: expected 0 or more, got {value!r}")
@@ -94,6 +107,15 @@ class Config:
     def tokens_per_step(self) -> int:
         return self.accumulation * self.batch_size * self.context
 
+    def on(self, tokens: Tokens) -> Config:
+        """The same, with steps in place of passes. Raises ValueError if the text has no step in so many."""
+        if self.passes is None:
+            return self
+        wanted, found = self.accumulation * self.batch_size, self.passes * tokens.sequences_per_pass(self.context)
+        if found < wanted:
+            raise ValueError(f"data: expected {wanted} sequences, a step's, in passes = {self.passes}, got {found}")
+        return dataclasses.replace(self, steps=found // wanted, passes=None)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
@@ -103,5 +125,9 @@ class Config:
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> Config:
-        """A JSON file with some of the fields, the others at their defaults, and changes to it."""
-        return cls.from_dict({**json.loads(path.read_text()), **changes})
+        """A JSON file with some of the fields, the others at their defaults, and changes to it: steps to passes too."""
+        values = json.loads(path.read_text())
+        for name, other in (("steps", "passes"), ("passes", "steps")):
+            if name in changes:
+                values.pop(other, None)
+        return cls.from_dict({**values, **changes})

@@ -36,7 +36,7 @@ from optimizers import optimizers
 from padded_experts import PaddedMoEMLP
 from safetensors import safe_open
 from safetensors.torch import save_file
-from settings import CHOICES, Config
+from settings import CHOICES, STEPS, Config
 from tokenizers import Tokenizer
 from torch import Tensor
 from utilization import mfu, peak_flops, plot_usage
@@ -76,8 +76,9 @@ class Training:
     """A model, its optimizers, and how far they are. The config, the text and `done` decide the next step's numbers."""
 
     def __init__(self, config: Config, tokens: Tokens, device: torch.device, moe: MoE | None = None) -> None:
-        """`moe` builds the MoE layers in place of what the config says."""
+        """`moe` builds the MoE layers in place of what the config says. Passes become the steps that this text has."""
         tokens.check_context(config.context)
+        config = config.on(tokens)
         if config.compile == "graph" and device.type != "cuda":
             raise ValueError(f"compile: expected off, blocks or model on {device.type}, got 'graph'")
         self.config, self.tokens, self.device = config, tokens, device
@@ -193,8 +194,8 @@ class Result:
     steps: int
     passes: float
     """Over the training text."""
-    train_loss: float
-    """Nats a token, of the last step."""
+    train_loss: float | None
+    """Nats a token, of the last step; None if a run taken up again had none left."""
     held_out_loss: float
     """Nats a token."""
     held_out_bits_per_byte: float
@@ -203,10 +204,10 @@ class Result:
     """Of a token, if all experts are chosen equally often."""
     active_parameters_used: int
     """Of a token, as they were chosen in the last tenth of the steps."""
-    tokens_per_second: float
-    """From the second report on, so that nothing is compiled in that time."""
+    tokens_per_second: float | None
+    """From the first report on, so that nothing is compiled in that time; None if it is the only one."""
     mfu: float | None
-    """Share of the device's peak; None if that is not known."""
+    """Share of the device's peak; None if that, or the speed, is not known."""
 
 
 class Report(NamedTuple):
@@ -219,10 +220,10 @@ class Report(NamedTuple):
     loss: float
 
 
-def tokens_per_second(reports: Sequence[Report], config: Config) -> float:
-    """From the first report to the last; nan between fewer than two."""
+def tokens_per_second(reports: Sequence[Report], config: Config) -> float | None:
+    """From the first report to the last; None between fewer than two."""
     if len(reports) < 2:
-        return math.nan
+        return None
     return (reports[-1].done - reports[0].done) * config.tokens_per_step / (reports[-1].seconds - reports[0].seconds)
 
 
@@ -251,7 +252,7 @@ def line(training: Training, reports: Sequence[Report], peak: float | None) -> s
     """What the last report says, and how fast it went since the one before."""
     config, rate = training.config, tokens_per_second(reports, training.config)
     share = mfu(rate, flops_per_token(config.gpt, training.usage[-1]), peak)
-    speed = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s" + ("" if share is None else f", {share:.1%} MFU")
+    speed = "" if rate is None else f", {rate:,.0f} tokens/s" + ("" if share is None else f", {share:.1%} MFU")
     return f"step {training.done} of {config.steps}: loss {reports[-1].loss:.3f}{speed}"
 
 
@@ -263,7 +264,7 @@ def conclude(training: Training, reports: Sequence[Report], peak: float | None) 
     return Result(
         steps=training.done,
         passes=training.done * config.tokens_per_step / tokens.train.numel(),
-        train_loss=reports[-1].loss if reports else math.nan,
+        train_loss=reports[-1].loss if reports else None,
         held_out_loss=held_out,
         held_out_bits_per_byte=held_out / math.log(2) * tokens.held_out.numel() / tokens.held_out_bytes,
         parameters=sum(p.numel() for p in training.model.parameters()),
@@ -286,7 +287,7 @@ def train(
         return None
     result = conclude(training, reports, peak)
     about = {"config": dataclasses.asdict(training.config), "source": training.tokens.source}
-    (out / RESULT).write_text(json.dumps({**about, **dataclasses.asdict(result)}, indent=1))
+    (out / RESULT).write_text(json.dumps({**about, **dataclasses.asdict(result)}, indent=1, allow_nan=False))
     plot_usage(torch.stack(training.usage), training.config.gpt.moe.layout, out / PLOT)
     return result
 
@@ -302,9 +303,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the MFU (known for some)")
     for field in dataclasses.fields(Config):
-        kind = {"int": int, "float": float, "str": str}.get(str(field.type), parse_sizes)
+        kind = {"int": int, "int | None": int, "float": float, "str": str}.get(str(field.type), parse_sizes)
         name, choices = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
         about = "such as 32x512+32x128" if kind is parse_sizes else str(field.default)
+        about = {"steps": str(STEPS), "passes": "over the text, in place of steps"}.get(field.name, about)
         parser.add_argument(name, type=kind, choices=choices, default=argparse.SUPPRESS, help=f"({about})")
     args = parser.parse_args(argv)
     return args, {field.name: vars(args)[field.name] for field in dataclasses.fields(Config) if field.name in args}
@@ -337,7 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"stopped: --resume {out} goes on" if result is None else json.dumps(dataclasses.asdict(result), indent=1))
+    known = {} if result is None else {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+    print(json.dumps(known, indent=1) if known else f"stopped: --resume {out} goes on")
     return 0
 
 

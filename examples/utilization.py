@@ -22,9 +22,9 @@ def peak_flops(device: torch.device, given_tflops: float | None = None) -> float
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
-def mfu(tokens_per_second: float, flops: float, peak: float | None) -> float | None:
+def mfu(tokens_per_second: float | None, flops: float, peak: float | None) -> float | None:
     """Model FLOPs utilisation: what a step's tokens need, `flops` each, over what the device could do in the time."""
-    return None if peak is None else tokens_per_second * flops / peak
+    return None if tokens_per_second is None or peak is None else tokens_per_second * flops / peak
 
 
 def plot_usage(usage: Tensor, layout: ExpertLayout, path: Path) -> None:

@@ -14,6 +14,7 @@ from bpe import Tokens
 from padded_experts import PaddedExperts
 
 TEXT = Path(dataclasses.__file__)
+PASSES = {"steps": None, "passes": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_train_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text.write_text(TEXT.read_text()[:12000])
     names = []
     for sizes in ([[4, 12]], [[2, 16], [2, 8]]):
-        changes = {"expert_sizes": sizes, "batch_size": 32, "learning_rate": 0.01}
+        changes = {"expert_sizes": sizes, "batch_size": 32, "learning_rate": 0.01, **PASSES}
         names.append(tmp_path / f"{len(sizes)}_widths.json")
         names[-1].write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), **changes}))
     out = tmp_path / "out"
@@ -89,10 +90,20 @@ def test_train_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.endswith(f"{plot}\n")
 
 
+def test_a_run_too_short_for_a_speed_is_drawn(tmp_path: Path) -> None:
+    text, config = tmp_path / "text", tmp_path / "short.json"
+    text.write_text(TEXT.read_text()[:12000])
+    config.write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), "batch_size": 128, **PASSES}))
+    assert train_widths.main([str(config), "--data", str(text), "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path / "train_widths.csv")
+    assert (int(row["steps"]) < 10, row["tokens_per_second"]) == (True, "nan")
+    assert (tmp_path / "train_widths.svg").exists()
+
+
 def test_too_little_text_for_a_step(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text(TEXT.read_text()[:20000])
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), "batch_size": 10**5}))
-    with pytest.raises(ValueError, match=r"^data: expected 1600000 tokens in 2 passes, got fewer"):
+    config.write_text(json.dumps({**dataclasses.asdict(bench_train.QUICK_CONFIG), "batch_size": 10**5, **PASSES}))
+    with pytest.raises(ValueError, match=r"^data: expected 100000 sequences, a step's, in passes = 2, got \d+$"):
         train_widths.main([str(config), "--data", str(text), "--out", str(tmp_path)])

@@ -37,7 +37,7 @@ def options(config: Config) -> list[str]:
     """Of the command line, where they are not the defaults."""
     changed = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
     changed["expert_sizes"] = "+".join(f"{count}x{width}" for count, width in config.expert_sizes)
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in changed.items()]
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in changed.items() if value is not None]
     return [word for pair in given for word in pair] + ["--device", "cpu", "--data", str(TEXT)]
 
 
@@ -311,12 +311,19 @@ class TestTraining:
 
     @OF_DYNAMO
     @pytest.mark.parametrize(
-        "changes", [{"backend": "triton"}, {"experts": "grouped_mm", "precision": "bf16"}], ids=["triton", "grouped_mm"]
+        ("compile", "changes"),
+        [
+            ("blocks", {"backend": "triton"}),
+            ("blocks", {"experts": "grouped_mm", "precision": "bf16"}),
+            ("model", {"backend": "triton", "balancing": "smebu"}),
+        ],
+        ids=["blocks", "blocks-grouped_mm", "model"],
     )
-    def test_blocks_share_one_compilation(
-        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], device: str
+    def test_a_compiled_step_is_the_eager_one(
+        self, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, compile: str, changes: dict[str, Any], device: str
     ) -> None:
-        """And the compiled step is the eager one. Without code generation, which a GPU's run has and takes its time."""
+        """Blocks share one graph, the head has its own; the model is one. Without code generation, which takes a GPU's
+        run its time."""
         torch.compiler.reset()
         real: Callable[..., Any] = torch.compile
         graphs: list[object] = []
@@ -328,13 +335,12 @@ class TestTraining:
         monkeypatch.setattr(torch, "compile", lambda f, **kwargs: real(f, backend=backend, **kwargs))
         config = dataclasses.replace(TINY, batch_size=2, **changes)
         eager, compiled = (
-            Training(dataclasses.replace(config, compile=how), tokens, torch.device(device))
-            for how in ("off", "blocks")
+            Training(dataclasses.replace(config, compile=how), tokens, torch.device(device)) for how in ("off", compile)
         )
         for _ in range(2):
             torch.testing.assert_close(compiled.step(), eager.step())
         assert compiled.held_out_loss(4) == pytest.approx(eager.held_out_loss(4), rel=1e-4)
-        assert len(graphs) == 2  # a block, the head
+        assert len(graphs) == {"blocks": 2, "model": 1}[compile]
 
 
 class TestMeasure:
@@ -342,9 +348,25 @@ class TestMeasure:
         reports = [Report(100.0, 10, 5.0), Report(101.0, 20, 4.0), Report(104.0, 50, 3.0)]
         config = dataclasses.replace(TINY, accumulation=3)
         assert tokens_per_second(reports, config) == 40 * 3 * 4 * 16 / 4
-        assert math.isnan(tokens_per_second(reports[:1], config))
+        assert tokens_per_second(reports[:1], config) is None
         assert mfu(1000.0, 3e9, 12e12) == 0.25
-        assert mfu(1000.0, 3e9, None) is None
+        assert mfu(1000.0, 3e9, None) is mfu(None, 3e9, 12e12) is None
+
+    def test_a_run_too_short_for_a_speed_has_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Nor has one that is taken up at its end a loss of training; what is unknown is null in strict JSON."""
+
+        def outcome(*arguments: str) -> dict[str, Any]:
+            assert main([*arguments, "--peak-tflops", "1"]) == 0
+            shown = capsys.readouterr().out
+            assert "NaN" not in shown
+            assert "null" not in shown
+            assert "tokens_per_second" not in shown
+            result = json.loads((tmp_path / RESULT).read_text(), parse_constant=pytest.fail)
+            assert result["tokens_per_second"] is result["mfu"] is None
+            return result
+
+        assert outcome(*options(TINY), "--out", str(tmp_path))["train_loss"] > 0
+        assert outcome("--resume", str(tmp_path), "--data", str(TEXT), "--device", "cpu")["train_loss"] is None
 
     def test_peak(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert peak_flops(CPU) is None
@@ -377,6 +399,8 @@ class TestErrors:
             ({"balancing": None}, "balancing: expected one of none, smebu, sign, got None"),
             ({"compile": True}, "compile: expected one of off, blocks, model, graph, got True"),
             ({"steps": 0}, "steps: expected an integer of 1 or more, got 0"),
+            ({"steps": None, "passes": 0}, "passes: expected an integer of 1 or more, got 0"),
+            ({"passes": 2}, "passes: expected None beside steps = 6, got 2"),
             ({"accumulation": 1.5}, "accumulation: expected an integer of 1 or more, got 1.5"),
             ({"seed": -1}, "seed: expected an integer of 0 or more, got -1"),
             ({"learning_rate": -1.0}, r"learning_rate: expected 0 or more, got -1\.0"),
@@ -437,3 +461,27 @@ class TestExperiments:
 
     def test_changes_win_over_the_file(self) -> None:
         assert Config.read(EXPERIMENTS[0], seed=3).seed == 3
+
+    @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+    def test_makes_two_passes_whatever_the_text(self, path: Path, tokens: Tokens) -> None:
+        """Complete ones, but for a step; no more, for steps beside the file either way."""
+        config = Config.read(path)
+        for size in (200_000, 200_000 + 512 * 16, 2_000_000):
+            text = dataclasses.replace(tokens, train=torch.empty(size, dtype=torch.int32))
+            sequences, found = text.sequences_per_pass(512), config.on(text)
+            assert 2 * sequences - 32 < found.steps * 32 <= 2 * sequences
+            assert dataclasses.replace(config, passes=None, steps=found.steps) == found == found.on(text)
+        assert Config.read(path, steps=7) == dataclasses.replace(config, passes=None, steps=7)
+
+    def test_passes_are_steps_of_the_text(self, tmp_path: Path, tokens: Tokens) -> None:
+        """On the command line they win over a file's steps; the run's config has the steps, to go on with."""
+        path = tmp_path / "config.json"
+        config = dataclasses.replace(TINY, batch_size=1024, num_layers=1, num_heads=1)
+        path.write_text(json.dumps(dataclasses.asdict(config)))
+        arguments = ["--config", str(path), "--passes", "3", "--data", str(TEXT), "--device", "cpu"]
+        out, steps = tmp_path / "out", 3 * tokens.sequences_per_pass(16) // 1024
+        assert main([*arguments, "--out", str(out)]) == 0
+        result = json.loads((out / RESULT).read_text())
+        assert (result["steps"], result["config"]["steps"], result["config"]["passes"]) == (steps, steps, None)
+        assert 1 < result["passes"] <= 3
+        assert Config.from_dict({}).steps == 360

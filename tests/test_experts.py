@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triton_moe import DenseMLP, ExpertLayout, Experts, MoEConfig, MoEMLP, reference
+from triton_moe import DenseMLP, ExpertLayout, Experts, MoEConfig, MoEMLP, moe_mlp, reference
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.router import router_logits, select_experts, weigh_experts
 from triton_moe.testing import BIASES, Case, check_against_oracle, make_inputs, poison_empty
@@ -30,23 +30,36 @@ class NoisyRouter(nn.Module):
         return weigh_experts(scores, ids).to(x.dtype), ids
 
 
+@pytest.mark.parametrize("layer", [True, False], ids=["Experts", "moe_mlp"])
 @pytest.mark.parametrize("activation", ["relu_squared", "swiglu"])
-def test_a_router_of_ones_own(activation: str, device: str) -> None:
+def test_a_router_of_ones_own(activation: str, layer: bool, device: str) -> None:
+    """Output and every gradient, the router's too, are those of plain PyTorch behind the same noise."""
     torch.manual_seed(0)
-    experts = Experts(LAYOUT, H, activation, device=device, backend="triton" if device == "cpu" else "auto")
+    backend = "triton" if device == "cpu" else "auto"
+    experts = Experts(LAYOUT, H, activation, device=device, backend=backend)
     router = NoisyRouter().to(device)
     assert set(experts.state_dict()) == {"w1", "w2", *(["w3"] if activation == "swiglu" else [])}
-    x = torch.randn(2, 9, H, device=device)
-    weights, ids = router(x.view(-1, H))
-    out = experts(x, weights, ids)
-    plain = reference.moe_mlp(
-        x.view(-1, H), weights, ids, experts.w1, experts.w2, experts.w3, layout=LAYOUT, activation=activation
-    )
-    torch.testing.assert_close(out, plain.view(x.shape), rtol=1e-4, atol=1e-5)
-    out.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in (*experts.parameters(), *router.parameters()))
-    assert router.weight.grad is not None
-    assert router.weight.grad.any()
+    x, dout = (torch.randn(2, 9, H, device=device) for _ in range(2))
+    x.requires_grad_()
+    options = {"layout": LAYOUT, "activation": activation}
+
+    def ours(weights: Tensor, ids: Tensor) -> Tensor:
+        if layer:
+            return experts(x, weights, ids)
+        return moe_mlp(x.view(-1, H), weights, ids, experts.w1, experts.w2, experts.w3, backend=backend, **options)
+
+    def plain(weights: Tensor, ids: Tensor) -> Tensor:
+        return reference.moe_mlp(x.view(-1, H), weights, ids, experts.w1, experts.w2, experts.w3, **options)
+
+    results = []
+    for run in (ours, plain):
+        torch.manual_seed(1)  # for the noise
+        out = run(*router(x.view(-1, H))).view(x.shape)
+        of = {"x": x, **dict(router.named_parameters()), **dict(experts.named_parameters())}
+        grads = torch.autograd.grad((out * dout).sum(), list(of.values()))
+        results.append({"out": out, **dict(zip(of, grads, strict=True))})
+    assert results[1]["weight"].abs().max() > 0.01
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.pairs

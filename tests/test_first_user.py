@@ -30,17 +30,22 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
     "Muon": torch.optim.Muon,
 }
 
-
 SMEBU: dict[str, Any] = {"speed": 0.05, "kappa": 3.0, "beta": 0.75}
 """Fast enough that a few steps change the choice."""
+trained = pytest.mark.parametrize(
+    ("activation", "smebu"), [("relu_squared", False), ("swiglu", True)], ids=["relu_squared", "swiglu-smebu"]
+)
+
+
+def balancing(smebu: bool) -> BiasBalancing | None:
+    return BiasBalancing(**SMEBU, update_in_forward=True) if smebu else None
 
 
 def pair(sizes, top_k: int, activation: str, smebu: bool = False, **changes) -> tuple[MoEMLP, FirstUserMoE]:
     """Ours and theirs, with their weights; ours moves its bias where theirs does."""
     torch.manual_seed(0)
     theirs = FirstUserMoE(sizes, top_k, H, activation, **(SMEBU if smebu else {}))
-    balancing = BiasBalancing(**SMEBU, update_in_forward=True) if smebu else None
-    ours = MoEMLP(MoEConfig(sizes, top_k, H, activation=activation, balancing=balancing, **changes))
+    ours = MoEMLP(MoEConfig(sizes, top_k, H, activation=activation, balancing=balancing(smebu), **changes))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 
@@ -123,10 +128,10 @@ def test_numbers_in_plain_pytorch(sizes, top_k: int, activation: str, smebu: boo
     check(*pair(sizes, top_k, activation, smebu, backend="torch"), dtype, "cpu")
 
 
-def from_meta(config: MoEConfig) -> MoEMLP:
+def from_meta(config: MoEConfig, device: str = "cpu") -> MoEMLP:
     layer = MoEMLP(config, device="meta")
     with poison_empty():
-        layer.to_empty(device="cpu")
+        layer.to_empty(device=device)
     layer.init_params()
     layer._init_buffers()
     return layer
@@ -148,16 +153,18 @@ def test_meta_build_has_the_distribution_of_a_direct_one() -> None:
     assert built[1].router.weight.std().item() == pytest.approx(built[0].router.weight.std().item(), rel=0.1)
 
 
+@trained
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_parameter_moves_at_every_step(optimizer: str) -> None:
+def test_every_parameter_moves_at_every_step(optimizer: str, activation: str, smebu: bool, device: str) -> None:
     """Matrices all, with a gradient each step; two experts get no tokens."""
-    layer = from_meta(MoEConfig([(3, 8), (1, 16)], 1, H, activation="swiglu"))
+    config = MoEConfig([(3, 8), (1, 16)], 1, H, activation=activation, balancing=balancing(smebu))
+    layer = from_meta(config, device)
     with torch.no_grad():
         layer.router.weight.zero_()[:2] = torch.stack([torch.ones(H), -torch.ones(H)])
     optimize = OPTIMIZERS[optimizer](layer.parameters())
     for _ in range(2):
         before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-        out, aux, f = layer(tokens(2, 9))
+        out, aux, f = layer(tokens(2, 9, device=device))
         assert f[2:].tolist() == [0, 0]
         (out.square().mean() + sum(aux[name] for name in LOSSES)).backward()
         assert all(p.dim() == 2 and p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
@@ -168,15 +175,17 @@ def test_every_parameter_moves_at_every_step(optimizer: str) -> None:
 
 
 @layers
-def test_trains_fifty_steps_from_a_meta_build(sizes, top_k: int) -> None:
+@trained
+def test_trains_fifty_steps_from_a_meta_build(sizes, top_k: int, activation: str, smebu: bool, device: str) -> None:
     """A layer learns what another one computes, every expert with it."""
     torch.manual_seed(0)
-    layer, teacher = from_meta(MoEConfig(sizes, top_k, H)), nn.Linear(H, H)
+    config = MoEConfig(sizes, top_k, H, activation=activation, balancing=balancing(smebu))
+    layer, teacher = from_meta(config, device), nn.Linear(H, H).to(device)
     start = copy.deepcopy(layer)
     optimizer, losses = torch.optim.AdamW(layer.parameters(), lr=1e-2), []
-    used = torch.zeros(layer.layout.num_experts)
+    used = torch.zeros(layer.layout.num_experts, device=device)
     for i in range(50):
-        x = tokens(2, 32, seed=i)
+        x = tokens(2, 32, device=device, seed=i)
         out, aux, f = layer(x)
         loss = (out - teacher(x).detach()).square().mean()
         (loss + 0.05 * aux["load_balance_loss"] + 0.001 * aux["router_z_loss"]).backward()
@@ -185,6 +194,7 @@ def test_trains_fifty_steps_from_a_meta_build(sizes, top_k: int) -> None:
         losses.append(loss.item())
         used += f
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert not smebu or layer.expert_bias.any()
     for e, share in enumerate(used.tolist()):
         own = layer.layout.columns(e)
         assert share > 0, e

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from triton_moe.activations import ACTIVATIONS, is_gated
+from triton_moe.balancing import BiasBalancing
 from triton_moe.losses import compute_loss, load_balance_loss, router_z_loss
 from triton_moe.moe import MoEConfig, MoEMLP
 from triton_moe.router import ROUTERS, GroupLimit, choose_experts
@@ -227,6 +228,52 @@ class TestForward:
         others = _layer()(x)[1]
         for name in set(others) - {"load_balance_loss"}:
             assert torch.equal(aux[name], others[name]), name
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_limited_groups_and_scaled_weights(self, backend, with_bias, device):
+        """Output, choice and gradients are the formula's, on tokens of which the limit changes some one's choice."""
+        if backend == "triton":
+            pytest.importorskip("triton")
+        balancing = BiasBalancing() if with_bias else None
+        sizes, groups = ((3, 16), (3, 24), (2, 8)), GroupLimit(4, 2)
+        torch.manual_seed(0)
+        layer = MoEMLP(
+            _config(
+                expert_sizes=sizes, num_active_experts=3, groups=groups, weights_scale=2.5, backend=backend,
+                balancing=balancing,
+            ),
+            device=device,
+        )  # fmt: skip
+        bias = torch.linspace(-0.2, 0.2, 8, device=device) if with_bias else torch.zeros(8, device=device)
+        if with_bias:
+            layer.expert_bias.copy_(bias)
+        x, dout = (torch.randn(2, 11, H, device=device) for _ in range(2))
+        x.requires_grad_()
+        out, _, f = layer(x)
+        grads = torch.autograd.grad((out * dout).sum(), (x, layer.router.weight))
+
+        scores = torch.sigmoid(x @ layer.router.weight.t())
+        rows, counts, same = [], [0] * 8, 0
+        for token, own in zip(x.view(-1, H), scores.view(-1, 8), strict=True):
+            wanted = (own + bias).tolist()
+            best = sorted(range(4), key=lambda g: -(wanted[2 * g] + wanted[2 * g + 1]))[:2]
+            chosen = sorted((e for g in best for e in (2 * g, 2 * g + 1)), key=lambda e: -wanted[e])[:3]
+            same += set(chosen) == set(sorted(range(8), key=lambda e: -wanted[e])[:3])
+            total, row = sum(own[e] for e in chosen), torch.zeros(H, device=device)
+            for e in chosen:
+                counts[e] += 1
+                columns = layer.layout.columns(e)
+                h = torch.relu(token @ layer.w1[:, columns]).square() @ layer.w2[columns]
+                row = row + 2.5 * own[e] / total * h
+            rows.append(row)
+        assert same < 22
+        expected = torch.stack(rows).view(x.shape)
+        torch.testing.assert_close(f, torch.tensor(counts, device=device) / 66)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        of_formula = torch.autograd.grad((expected * dout).sum(), (x, layer.router.weight))
+        for grad, truth in zip(grads, of_formula, strict=True):
+            torch.testing.assert_close(grad, truth, rtol=1e-3, atol=1e-3)
 
     def test_null_experts_are_counted_in_f(self):
         layer = _layer(num_active_experts=1)
