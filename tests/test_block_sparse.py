@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import triton_moe
 from reference import block_sparse
@@ -74,6 +75,16 @@ def dense(blocks: Tensor, topology: Topology) -> Tensor:
     return matrix
 
 
+class CopiesOfLists(TorchFunctionMode):
+    """Counts the tensors that are made of Python numbers, each of which is a copy to the device."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.tensor, torch.as_tensor, torch.asarray)
+        return func(*args, **(kwargs or {}))
+
+
 class TestTopology:
     def test_the_example(self) -> None:
         topology = variable_topology(torch.tensor([1, 2]), ExpertLayout((8, 4)), 4)
@@ -104,6 +115,17 @@ class TestTopology:
         assert wrong.block_offsets_t.tolist() != right.block_offsets_t.tolist()
         for field in ("row_indices", "column_indices", "offsets", "offsets_t"):
             assert getattr(wrong, field).tolist() == getattr(right, field).tolist()
+
+    def test_the_layout_goes_to_the_device_once(self) -> None:
+        rows, layout = torch.tensor([1, 2, 1]), ExpertLayout((24, 40, 8))  # no other test's
+        columns = {8: [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 8], 4: [*range(16), *range(6, 16), 16, 17]}
+        for block_size, expected in columns.items():
+            with CopiesOfLists() as copies:
+                first = variable_topology(rows, layout, block_size)
+                at_first = copies.count
+                second = variable_topology(rows, layout, block_size)
+            assert 0 < at_first == copies.count, block_size
+            assert first.column_indices.tolist() == second.column_indices.tolist() == expected
 
     def test_widths_off_the_blocks_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"widths\[1\]: expected a multiple of block_size = 4, got 6"):
