@@ -227,6 +227,19 @@ class TestHistorical:
         assert_same(actual, expected)
         assert min(errors.values()) > 0.5, errors
 
+    def test_a_sum_of_outputs_hides_half_of_it(self) -> None:
+        """Its gradient is the same for every row and activations are of one sign: any rows give much the same dw2."""
+        wrong, ours = layers(WIDE, historical=True)
+        x = torch.randn(256, WIDE.hidden_size, dtype=torch.float64)
+        for layer in (wrong, ours):
+            layer(x)[0].sum().backward()
+        similarity = {
+            name: float(F.cosine_similarity(*(getattr(each, name).grad.flatten() for each in (wrong, ours)), dim=0))
+            for name in ("w1", "w2")
+        }
+        assert similarity["w1"] < 0.25, similarity
+        assert similarity["w2"] > 0.5, similarity
+
     def test_it_does_not_show_while_experts_are_one_block_wide(self) -> None:
         config = MoEConfig([(4, 4)], 2, 12, block_size=4)
         wrong, ours = layers(config, historical=True)
