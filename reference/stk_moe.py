@@ -44,8 +44,6 @@ def _import_megablocks() -> ModuleType | None:
 class StkMoEMLP(MoEMLP):
     """`reference.moe.MoEMLP` on stk's kernels.
 
-    `operators` says what they run with: "stk and megablocks", or "stk" without the latter.
-
     Raises:
         ImportError: stk is not installed.
         ValueError: a shape that its kernels do not take.
@@ -67,8 +65,9 @@ class StkMoEMLP(MoEMLP):
         super().__init__(config, historical=historical, device=device, dtype=dtype)
 
     @property
-    def operators(self) -> str:
-        return "stk" if self._megablocks is None else "stk and megablocks"
+    def library(self) -> str:
+        """Whose operators run: "stk+megablocks", or "stk" where gather and scatter are PyTorch's."""
+        return "stk" if self._megablocks is None else "stk+megablocks"
 
     def experts(self, tokens: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> dict:
         """As `MoEMLP.experts`. Raises ValueError on a device that does not run Triton kernels."""
@@ -87,7 +86,7 @@ class StkMoEMLP(MoEMLP):
     def gather(self, x: Tensor, rows: PaddedRows) -> Tensor:
         if self._megablocks is None:
             return super().gather(x, rows)
-        return self._megablocks.padded_gather(x, *self._bins(rows), self.config.num_active_experts)
+        return self._megablocks.padded_gather(x.contiguous(), *self._bins(rows), self.config.num_active_experts)
 
     def scatter(self, down: Tensor, topk_weights: Tensor, rows: PaddedRows) -> Tensor:
         if self._megablocks is None:

@@ -7,6 +7,7 @@ square blocks of `b = block_size`. Letters as in `triton_moe.layout`; `P` padded
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,16 @@ def check_blocks(layout: ExpertLayout, block_size: int) -> None:
             raise ValueError(f"widths[{e}]: expected a multiple of block_size = {block_size}, got {width}")
 
 
+@functools.lru_cache(maxsize=256)
+def _block_columns(layout: ExpertLayout, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many block columns each expert has, and its first one: `(E)` int64 each, copied to the device once."""
+    across, first = (
+        torch.tensor([columns // block_size for columns in each], device=device)
+        for each in (layout.widths, layout.offsets)
+    )
+    return across, first
+
+
 def _offsets(counts: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0)).int()
 
@@ -81,13 +92,13 @@ def variable_topology(
             `end_bit` does; default, `enough_bits`. With fewer, columns that agree in them are left mixed, and whatever
             walks the columns (the gradients of w1 and w2) takes blocks of the wrong experts.
 
-    The number of blocks depends on the routing, so it is read back to the host.
+    The number of blocks depends on the routing, so it is read back to the host. What depends on the layout alone is
+    copied to the device at the first call for it.
     """
     check_blocks(layout, block_size)
     device, num_columns = block_rows.device, layout.total_width // block_size
     experts = torch.arange(layout.num_experts, device=device).repeat_interleave(block_rows)
-    blocks_across = torch.tensor([width // block_size for width in layout.widths], device=device)[experts]
-    first_column = torch.tensor([offset // block_size for offset in layout.offsets], device=device)[experts]
+    blocks_across, first_column = (each[experts] for each in _block_columns(layout, block_size, device))
 
     offsets = _offsets(blocks_across)
     rows = torch.arange(experts.numel(), device=device).repeat_interleave(blocks_across)

@@ -4,10 +4,13 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import triton_moe
 from reference import block_sparse
@@ -74,6 +77,16 @@ def dense(blocks: Tensor, topology: Topology) -> Tensor:
     return matrix
 
 
+class CopiesOfLists(TorchFunctionMode):
+    """Counts the tensors that are made of Python numbers, each of which is a copy to the device."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.tensor, torch.as_tensor, torch.asarray)
+        return func(*args, **(kwargs or {}))
+
+
 class TestTopology:
     def test_the_example(self) -> None:
         topology = variable_topology(torch.tensor([1, 2]), ExpertLayout((8, 4)), 4)
@@ -104,6 +117,17 @@ class TestTopology:
         assert wrong.block_offsets_t.tolist() != right.block_offsets_t.tolist()
         for field in ("row_indices", "column_indices", "offsets", "offsets_t"):
             assert getattr(wrong, field).tolist() == getattr(right, field).tolist()
+
+    def test_the_layout_goes_to_the_device_once(self) -> None:
+        rows, layout = torch.tensor([1, 2, 1]), ExpertLayout((24, 40, 8))  # no other test's
+        columns = {8: [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 8], 4: [*range(16), *range(6, 16), 16, 17]}
+        for block_size, expected in columns.items():
+            with CopiesOfLists() as copies:
+                first = variable_topology(rows, layout, block_size)
+                at_first = copies.count
+                second = variable_topology(rows, layout, block_size)
+            assert 0 < at_first == copies.count, block_size
+            assert first.column_indices.tolist() == second.column_indices.tolist() == expected
 
     def test_widths_off_the_blocks_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"widths\[1\]: expected a multiple of block_size = 4, got 6"):
@@ -203,6 +227,19 @@ class TestHistorical:
         assert_same(actual, expected)
         assert min(errors.values()) > 0.5, errors
 
+    def test_a_sum_of_outputs_hides_half_of_it(self) -> None:
+        """Its gradient is the same for every row and activations are of one sign: any rows give much the same dw2."""
+        wrong, ours = layers(WIDE, historical=True)
+        x = torch.randn(256, WIDE.hidden_size, dtype=torch.float64)
+        for layer in (wrong, ours):
+            layer(x)[0].sum().backward()
+        similarity = {
+            name: float(F.cosine_similarity(*(getattr(each, name).grad.flatten() for each in (wrong, ours)), dim=0))
+            for name in ("w1", "w2")
+        }
+        assert similarity["w1"] < 0.25, similarity
+        assert similarity["w2"] > 0.5, similarity
+
     def test_it_does_not_show_while_experts_are_one_block_wide(self) -> None:
         config = MoEConfig([(4, 4)], 2, 12, block_size=4)
         wrong, ours = layers(config, historical=True)
@@ -211,6 +248,46 @@ class TestHistorical:
     def test_enough_bits_mend_it(self) -> None:
         right, ours = layers(WIDE)
         assert_same(outcome(right, 64), outcome(ours, 64))
+
+
+def padded_places(bin_ids: Tensor, bins: Tensor, padded_bins: Tensor) -> Tensor:
+    """Of slots in expert order, their padded rows: as far behind the expert's start as they are among the slots."""
+    starts, padded_starts = (F.pad(ends, (1, 0))[bin_ids] for ends in (bins, padded_bins))
+    return torch.arange(bin_ids.numel(), device=bin_ids.device) - starts + padded_starts
+
+
+def stand_in_for_megablocks() -> ModuleType:
+    """`megablocks.ops` as its unit tests describe the two operators; `calls` lists those that ran.
+
+    indices `(T K)` are slots t * K + k in expert order, bin_ids the expert of each, bins and padded_bins `(E)` where
+    each expert's rows end, without padding and with it; weights `(T K)` are in the slots' own order. The kernels read
+    int32 indices and rows that lie one behind the other.
+    """
+    ops = ModuleType("megablocks.ops")
+    calls: list[str] = []
+
+    def check(matrix: Tensor, *indices: Tensor) -> None:
+        assert matrix.dim() == 2
+        assert matrix.is_contiguous()
+        assert all(index.dtype == torch.int32 and index.dim() == 1 for index in indices)
+
+    def padded_gather(x: Tensor, indices: Tensor, bin_ids: Tensor, bins: Tensor, padded_bins: Tensor, top_k: int):
+        check(x, indices, bin_ids, bins, padded_bins)
+        calls.append("padded_gather")
+        places = padded_places(bin_ids, bins, padded_bins)
+        return x.new_zeros(int(padded_bins[-1]), x.shape[1]).index_copy(0, places, x[indices // top_k])
+
+    def padded_scatter(
+        x: Tensor, indices: Tensor, bin_ids: Tensor, weights: Tensor, bins: Tensor, padded_bins: Tensor, top_k: int
+    ) -> Tensor:
+        check(x, indices, bin_ids, bins, padded_bins)
+        assert weights.shape == indices.shape
+        calls.append("padded_scatter")
+        rows = x[padded_places(bin_ids, bins, padded_bins)] * weights[indices][:, None]
+        return x.new_zeros(indices.numel() // top_k, x.shape[1]).index_add(0, indices // top_k, rows)
+
+    ops.__dict__.update(calls=calls, padded_gather=padded_gather, padded_scatter=padded_scatter)
+    return ops
 
 
 class TestStk:
@@ -223,12 +300,19 @@ class TestStk:
             StkMoEMLP(self.CONFIG)
 
     @pytest.mark.skipif(importlib.util.find_spec("stk") is None, reason="needs stanford-stk, which Linux alone has")
-    @pytest.mark.parametrize("historical", [False, True])
-    def test_stk_agrees_with_plain_pytorch(self, historical: bool, device: str) -> None:
+    @pytest.mark.parametrize(
+        ("historical", "library"), [(False, "stk"), (True, "stk"), (False, "stk+megablocks"), (True, "stk+megablocks")]
+    )
+    def test_stk_agrees_with_plain_pytorch(
+        self, historical: bool, library: str, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Right or wrong: stk follows the topology as `block_sparse.py` does."""
+        stand_in = stand_in_for_megablocks() if library == "stk+megablocks" else None
+        monkeypatch.setitem(sys.modules, "megablocks.ops", stand_in)
         torch.manual_seed(0)
         plain = MoEMLP(self.CONFIG, historical=historical, device=device, dtype=torch.float16)
         real = StkMoEMLP(self.CONFIG, historical=historical, device=device, dtype=torch.float16)
+        assert real.library == library
         real.load_state_dict(plain.state_dict())
         x, dout = (torch.randn(40, 128, device=device, dtype=torch.float16) for _ in range(2))
         results = []
@@ -239,6 +323,30 @@ class TestStk:
             results.append([out, x.grad, *(weight.grad for weight in layer.parameters())])
         for expected, actual in zip(*results, strict=True):
             assert relative_error(actual.float(), expected.float()) < 2e-3
+        assert stand_in is None or stand_in.calls == ["padded_gather", "padded_scatter"]
+
+    @pytest.mark.parametrize("top_k", [1, 3])
+    def test_megablocks_operators_are_given_what_they_take(self, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An expert without rows, others that need padding: gather and scatter, and their gradients, are PyTorch's."""
+        stand_in = stand_in_for_megablocks()
+        for name in ("stk", "stk.ops"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, "megablocks.ops", stand_in)
+        config = MoEConfig([(2, 256), (3, 128)], top_k, 128, aux_losses=False)
+        layer, plain = StkMoEMLP(config, dtype=torch.float64), MoEMLP(config, dtype=torch.float64)
+        ids = torch.rand(150, 4).argsort(1)[:, :top_k]  # never expert 4
+        rows = padded_rows(ids, 5, 128)
+        x = torch.randn(128, 150, dtype=torch.float64).t().requires_grad_()  # column by column
+        down = torch.randn(rows.row_to_token.numel(), 128, dtype=torch.float64, requires_grad=True)
+        weights = torch.rand(150, top_k, dtype=torch.float64, requires_grad=True)
+        results = []
+        for each in (layer, plain):
+            gathered, scattered = each.gather(x, rows), each.scatter(down, weights, rows)
+            loss = (gathered * down.detach()).sum() + (scattered * x.detach()).sum()
+            results.append([gathered, scattered, *torch.autograd.grad(loss, (x, down, weights))])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+        assert stand_in.calls == ["padded_gather", "padded_scatter"]
 
     @pytest.mark.skipif(importlib.util.find_spec("stk") is None, reason="needs stanford-stk, which Linux alone has")
     @pytest.mark.parametrize(

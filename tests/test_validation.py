@@ -1,12 +1,18 @@
 """The commands that compare gradients and training runs: what they print, and that they tell right from wrong."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import gradients
 import pytest
 import torch
 import validate_training
+from baselines import moe
+from layers import CannotRun
+
+from triton_moe import MoEConfig
+from triton_moe.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +65,56 @@ def test_the_historical_baseline_fails(text: Path, tmp_path: Path, capsys: pytes
         assert float(row["correlation"]) > 0.99
 
 
-def test_a_baseline_that_cannot_run_is_named(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--quick", "--data", str(text), "--out", str(tmp_path), "--baseline", "stk"]
+def test_held_out_losses_apart_fail_every_row(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the baseline alone, whose losses while it trains are right."""
+    sound = validate_training.finish
+
+    def off(trainer: Trainer, steps: int) -> validate_training.Run:
+        run = sound(trainer, steps)
+        is_baseline = any(isinstance(module, moe.MoEMLP) for module in trainer.model.modules())
+        return replace(run, held_out=run.held_out + 9.0 * is_baseline)
+
+    monkeypatch.setattr(validate_training, "finish", off)
+    assert validate_training.main(["--quick", "--steps", "2", "--data", str(text), "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("\nheld-out losses: 9 apart in the mean, seeds ") == 1
+    assert "of seed" not in printed
+    assert "gradients of layer" not in printed
+    assert [row["result"] for row in rows_of(tmp_path / "validate_training.csv")] == ["fail", "fail"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "499"], "--steps: expected 500 or more, got 499"),
+        (["--steps", "0"], "--steps: expected 500 or more, got 0"),
+        (["--seeds", "2"], "--seeds: expected 3 or more, got 2"),
+        (["--quick", "--steps", "1"], "--steps: expected 2 or more, got 1"),
+        (["--quick", "--seeds", "1"], "--seeds: expected 2 or more, got 1"),
+        (["--baseline", "stk"], "--baseline: expected one that runs without a CUDA device, got stk"),
+    ],
+)
+def test_what_validates_nothing_is_refused(
+    arguments: list[str], message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        validate_training.main(arguments)
-    assert "error: " in capsys.readouterr().err
+        validate_training.main([*arguments, "--data", str(text), "--out", str(tmp_path)])
+    assert f"error: {message}\n" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_a_baseline_that_cannot_run_is_named(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(config: MoEConfig) -> torch.nn.Module:
+        raise CannotRun("Its package is not installed.")
+
+    monkeypatch.setitem(validate_training.BASELINES, "block_sparse", missing)
+    with pytest.raises(SystemExit):
+        validate_training.main(["--quick", "--data", str(text), "--out", str(tmp_path)])
+    assert "error: Its package is not installed.\n" in capsys.readouterr().err
 
 
 def test_gradients(tmp_path: Path) -> None:
