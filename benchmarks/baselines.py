@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from layers import CannotRun, Layer, State, layer_of
-from results import ROOT
+from results import ROOT, with_version
 
 sys.path.append(str(ROOT))  # `reference/` stands beside this folder, and is in no wheel
 from reference import moe, stk_moe
@@ -66,7 +66,10 @@ def block_sparse_historical(config: MoEConfig, state: State) -> Layer:
 def _stk(config: MoEConfig, state: State, historical: bool) -> Layer:
     if not state["w1"].is_cuda:
         raise CannotRun("stk runs on CUDA alone.")
-    return _layer(stk_module, config, state, historical)
+    layer = _layer(stk_module, config, state, historical)
+    assert isinstance(layer.module, stk_moe.StkMoEMLP)
+    used = ("stanford-stk", "megablocks")[: 1 + layer.module.library.count("+")]
+    return dataclasses.replace(layer, library=" + ".join(map(with_version, used)))
 
 
 def stk(config: MoEConfig, state: State) -> Layer:
