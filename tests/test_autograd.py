@@ -29,6 +29,8 @@ def kernels(*args: Any, **kwargs: Any) -> Tensor:
 
 
 LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__iter__")
+"""Methods by which a tensor's values come to the host."""
 EXACT, RECOMPUTE = {"activation_memory": "exact"}, {"recompute": True}
 
 
@@ -71,6 +73,35 @@ def test_what_is_saved(device: str) -> None:
     assert saved_bytes(layer, x) <= 1.05 * element * (T * H + pre) + 20 * T * K + router
     layer = layer_on(device, recompute=True, aux_losses=False)
     assert saved_bytes(layer, x) <= element * T * H + 20 * T * K + router + 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, 0), (RECOMPUTE, 0), (EXACT, 1), ({**EXACT, **RECOMPUTE}, 2)], ids=str
+)
+def test_what_is_read_back(
+    options: dict[str, Any], expected: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number, and that for "exact" alone; if the pre-activation is computed once more, once more."""
+    layer, x = layer_on(device, **options), torch.randn(9, 32, device=device, requires_grad=True)
+    read: list[str] = []
+
+    def spy(name: str) -> Any:
+        method = getattr(Tensor, name)
+
+        def watched(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            read.append(name)
+            return method(self, *args, **kwargs)
+
+        return watched
+
+    for _ in range(3):  # made, recorded if it can be, and repeated
+        read.clear()
+        with monkeypatch.context() as patch:
+            for name in READS:
+                patch.setattr(Tensor, name, spy(name))
+            out, aux, _ = layer(x)
+            (out.square().sum() + sum(aux[name] for name in LOSSES)).backward()
+        assert read == ["__int__"] * expected
 
 
 def test_a_retained_graph_gives_the_same_gradients_again(device: str) -> None:
