@@ -128,6 +128,32 @@ def test_the_gpt_is_one_graph(dynamic: bool, device: str) -> None:
         assert error <= 32 * EPS * largest, name
 
 
+def half_of(layer: MoEMLP, x: Tensor) -> Tensor:
+    return x.half()
+
+
+def with_w2_on_meta(layer: MoEMLP, x: Tensor) -> Tensor:
+    layer.w2 = nn.Parameter(layer.w2.detach().to("meta"))
+    return x
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (half_of, r"x: expected torch\.float32 on .* as the weights, got torch\.float16 on "),
+        (with_w2_on_meta, r"w2: expected torch\.float32 on .* as x, got torch\.float32 on meta"),
+    ],
+    ids=["dtype", "device"],
+)
+def test_misuse_is_told_in_our_words(misuse: Callable, message: str, fullgraph: bool, device: str) -> None:
+    """By the ValueError of eager, or, where that would break the graph, in what Dynamo raises about it."""
+    layer = layer_on(device)
+    x = misuse(layer, torch.randn(9, H, device=device))
+    with pytest.raises(RuntimeError if fullgraph else ValueError, match=message):
+        torch.compile(layer, fullgraph=fullgraph)(x)
+
+
 def test_export_of_the_forward_pass(device: str) -> None:
     layer = layer_on(device)
     dynamic_shapes = {"x": {0: torch.export.Dim.DYNAMIC}}
