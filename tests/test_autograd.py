@@ -1,5 +1,6 @@
 """The layer among PyTorch's other features: checkpointing, frozen weights, retained graphs, memory options."""
 
+import copy
 from typing import Any, cast
 
 import pytest
@@ -28,6 +29,8 @@ def kernels(*args: Any, **kwargs: Any) -> Tensor:
 
 
 LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__iter__")
+"""Methods by which a tensor's values come to the host."""
 EXACT, RECOMPUTE = {"activation_memory": "exact"}, {"recompute": True}
 
 
@@ -70,6 +73,35 @@ def test_what_is_saved(device: str) -> None:
     assert saved_bytes(layer, x) <= 1.05 * element * (T * H + pre) + 20 * T * K + router
     layer = layer_on(device, recompute=True, aux_losses=False)
     assert saved_bytes(layer, x) <= element * T * H + 20 * T * K + router + 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, 0), (RECOMPUTE, 0), (EXACT, 1), ({**EXACT, **RECOMPUTE}, 2)], ids=str
+)
+def test_what_is_read_back(
+    options: dict[str, Any], expected: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number, and that for "exact" alone; if the pre-activation is computed once more, once more."""
+    layer, x = layer_on(device, **options), torch.randn(9, 32, device=device, requires_grad=True)
+    read: list[str] = []
+
+    def spy(name: str) -> Any:
+        method = getattr(Tensor, name)
+
+        def watched(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            read.append(name)
+            return method(self, *args, **kwargs)
+
+        return watched
+
+    for _ in range(3):  # made, recorded if it can be, and repeated
+        read.clear()
+        with monkeypatch.context() as patch:
+            for name in READS:
+                patch.setattr(Tensor, name, spy(name))
+            out, aux, _ = layer(x)
+            (out.square().sum() + sum(aux[name] for name in LOSSES)).backward()
+        assert read == ["__int__"] * expected
 
 
 def test_a_retained_graph_gives_the_same_gradients_again(device: str) -> None:
@@ -133,25 +165,99 @@ def test_frozen_experts_cost_no_weight_gradients(device: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inference_keeps_nothing_and_training_may_follow(mode: Any, device: str) -> None:
+def test_inference_makes_no_pre_activation_and_training_may_follow(
+    mode: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton_moe.kernels.tuning import forget
+    from triton_moe.ops import moe_mlp as operator
+
+    made: list[bool] = []
+    up = operator.grouped_gemm_up_fwd
+
+    def watched(x: Tensor, w1: Tensor, w3: Any, act: Any, pre: Any, *args: Any, **options: Any) -> None:
+        made.append(pre is not None)
+        up(x, w1, w3, act, pre, *args, **options)
+
+    forget()  # a repeated call would not come by here
+    monkeypatch.setattr(operator, "grouped_gemm_up_fwd", watched)
     layer, x = layer_on(device), torch.randn(60, 32, device=device)  # too many to be decoding
     with mode():
         out, _, _ = layer(x)
+    assert made == [False]
     trained, _, _ = layer(x)
+    assert made == [False, True]
     assert torch.equal(out, trained)
     trained.sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-def test_swapped_storage_is_seen(device: str) -> None:
-    """Nothing keeps a pointer from one call to the next."""
-    layer, other, x = layer_on(device), layer_on(device), torch.randn(40, 32, device=device)
-    layer(x)
+def test_swapped_storage_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing keeps a pointer from one call to the next, not what repeats calls (`kernels/replay.py`) either."""
+    from triton_moe.kernels import replay
+
+    layer, other, x = layer_on(device), layer_on(device), torch.randn(9, 32, device=device)
+    repeats: list[None] = []
+    repeat = replay.Recording.repeat
+
+    def counted(*args: Any) -> Any:
+        repeats.append(None)
+        return repeat(*args)
+
+    def step(layer: MoEMLP) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), *layer.parameters()]
+        out, aux, _ = layer(leaves[0])
+        loss = out.square().sum() + sum(aux[name] for name in LOSSES)
+        return [out.detach(), *torch.autograd.grad(loss, leaves)]
+
     with torch.no_grad():
-        for mine, new in zip(layer.parameters(), other.parameters(), strict=True):
-            new.normal_()
-            mine.data = new.detach().clone()
-    assert torch.equal(layer(x)[0], other(x)[0])
+        for weight in other.parameters():
+            weight.normal_()
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "is_hooked", lambda: True)  # nothing is recorded or repeated
+        expected = step(other)
+    monkeypatch.setattr(replay.Recording, "repeat", counted)
+    for _ in range(3):
+        step(layer)
+    assert len(repeats) >= 2  # forward and backward
+    old = [weight.data for weight in layer.parameters()]  # nothing new gets its memory while it is held
+    for mine, new in zip(layer.parameters(), other.parameters(), strict=True):
+        mine.data = new.detach().clone()
+    num_repeats = len(repeats)
+    actual = step(layer)
+    assert len(repeats) == num_repeats + 2
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert not any(torch.equal(a, b.data) for a, b in zip(old, layer.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("low", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_autocast_is_the_layer_in_that_dtype(low: torch.dtype, compiled: bool, device: str) -> None:
+    """To the bit, but for the gradient of x: the router's part of it in fp16 is that of weights not rounded."""
+    torch.compiler.reset()
+    layer, x = layer_on(device, bias=True), torch.randn(9, 32, device=device)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.normal_(std=32**-0.5)
+    other = copy.deepcopy(layer).to(low)
+    other._is_one_operator = False  # it adds the two gradients of x with a rounding fewer
+    call: Any = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+
+    def step(call: Any, layer: MoEMLP, x: Tensor, autocasts: bool) -> dict[str, Tensor]:
+        leaves = {"x": x.requires_grad_(), **dict(layer.named_parameters())}
+        with torch.autocast(device, low, enabled=autocasts):
+            out, aux, f = call(leaves["x"])
+        loss = out.float().square().sum() + sum(aux[name] for name in LOSSES)
+        grads = torch.autograd.grad(loss, [*leaves.values()])
+        results = {"out": out, "f": f, **aux}
+        return {name: value.detach() for name, value in results.items()} | dict(zip(leaves, grads, strict=True))
+
+    actual, expected = step(call, layer, x.clone(), True), step(other, other, x.to(low), False)
+    assert actual["out"].dtype == low
+    assert {actual[name].dtype for name in ("x", "f", *dict(layer.named_parameters()))} == {torch.float32}
+    for name, value in expected.items():
+        assert value.any(), name
+        error = (actual[name].to(value.dtype) - value).abs().max()
+        assert error <= (torch.finfo(low).eps * value.abs().max() if name == "x" else 0), name
 
 
 def test_gradients_accumulate_into_fp32(device: str) -> None:

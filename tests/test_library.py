@@ -1,12 +1,14 @@
 """The operators of torch.library: what their schemas, fakes and backwards promise, checked by PyTorch's own opcheck."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from triton_moe import functional
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.balancing import METHODS
 from triton_moe.layout import ExpertLayout
@@ -16,10 +18,15 @@ import triton_moe.ops.building_blocks
 import triton_moe.ops.moe_layer
 import triton_moe.ops.moe_mlp
 import triton_moe.ops.router  # noqa: F401
+from triton_moe.ops.library import Operator
 
 # opcheck itself reads the gradients of tensors that are no leaves.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 LAYOUT, T, H, K = ExpertLayout((16, 8, 5, 0)), 9, 12, 2
+WITH_BACKWARD = (
+    "gather", "scatter", "grouped_gemm_up", "grouped_gemm_down", "moe_mlp", "route_tokens", "moe_layer",
+)  # fmt: skip
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 E, S = LAYOUT.num_experts, LAYOUT.total_width
 
 
@@ -42,6 +49,11 @@ def normal(*shape: int, device: str, requires_grad: bool = True) -> Tensor:
 def ids(device: str) -> Tensor:
     """Some of them E: no expert."""
     return torch.randint(0, E + 1, (T, K), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def checks_of(activation: str) -> tuple[str, ...]:
+    """All of opcheck's for one activation of either kind, for the others but the last, which takes longest."""
+    return CHECKS if activation in ("swiglu", "gelu") else CHECKS[:-1]
 
 
 def of_moe_mlp(activation: str, device: str, with_biases: bool) -> tuple:
@@ -79,30 +91,84 @@ def test_route_tokens(softmax: bool, with_bias: bool, device: str) -> None:
     opcheck(torch.ops.triton_moe.route_tokens.default, (x, weight, bias, LAYOUT.widths, K, softmax, True, with_bias))
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_moe_layer(activation: str, device: str) -> None:
     x, _, _, *weights, widths, _ = of_moe_mlp(activation, device, activation == "gelu")
     router, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
     options = (K, activation == "gelu", True, True, activation, False, True, "auto")
-    opcheck(torch.ops.triton_moe.moe_layer.default, (x, router, bias, *weights, widths, *options))
+    operator = torch.ops.triton_moe.moe_layer.default
+    opcheck(operator, (x, router, bias, *weights, widths, *options), test_utils=checks_of(activation))
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_building_blocks(activation: str, device: str) -> None:
+def transposed(*shape: int, device: str) -> Tensor:
+    return normal(*reversed(shape), device=device, requires_grad=False).t().requires_grad_()
+
+
+def differentiable(device: str) -> dict[str, tuple]:
+    """Arguments of each operator with a backward, w1, w2 and w3 transposed in memory."""
+    x, weights, topk_ids, *_, b1, b2, b3, widths, activation = of_moe_mlp("swiglu", device, True)
+    w1, w2, w3 = (transposed(*shape, device=device) for shape in ((H, S), (S, H), (H, S)))
+    experts, router = (w1, w2, w3, b1, b2, b3, widths), (K, False, True, True)
+    router_weight, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
+    routing = functional.route(topk_ids, LAYOUT, backend="triton")
+    apart = (topk_ids, routing.packed, widths)
+    rows, act = normal(T * K, H, device=device), normal(routing.ragged_numel(), device=device)
+    return {
+        "gather": (x, *apart),
+        "scatter": (rows, weights, *apart),
+        "grouped_gemm_up": (x, w1, w3, *apart, activation),
+        "grouped_gemm_down": (act, w2, *apart),
+        "moe_mlp": (x, weights, topk_ids, *experts, activation, False, True, "auto"),
+        "route_tokens": (x, router_weight, bias, widths, *router),
+        "moe_layer": (x, router_weight, bias, *experts, *router, activation, False, True, "auto"),
+    }
+
+
+def test_moe_layer_of_transposed_weights(device: str) -> None:
+    arguments = differentiable(device)["moe_layer"]
+    assert not any(weight.is_contiguous() for weight in arguments[3:6])
+    opcheck(torch.ops.triton_moe.moe_layer.default, arguments)
+
+
+@pytest.mark.parametrize("name", WITH_BACKWARD)
+def test_backward_operators(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By themselves: with the operator's own check they run, but nothing is compared with their fakes."""
+    calls: list[tuple] = []
+    call = Operator.__call__
+
+    def recorded(self: Operator, *arguments: Any, **eager_options: Any) -> Any:
+        calls.append((self.overload, arguments))
+        return call(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Operator, "__call__", recorded)
+        results = getattr(torch.ops.triton_moe, name).default(*differentiable(device)[name])
+        results = (results,) if isinstance(results, Tensor) else results
+        torch.stack([result.sum() for result in results if result.requires_grad]).sum().backward()
+    ((operator, arguments),) = [call for call in calls if call[0]._schema.name.endswith("_backward")]
+    assert operator._schema.name == f"triton_moe::{name}_backward"
+    opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_building_blocks(device: str) -> None:
     """Forward by way of each operator, and with it, its backward."""
-    from triton_moe import functional
-
     operators = torch.ops.triton_moe
     topk_ids = ids(device)
     opcheck(operators.route.default, (topk_ids, LAYOUT.widths))
     routing = functional.route(topk_ids, LAYOUT, backend="triton")
     apart = (topk_ids, routing.packed, LAYOUT.widths)
-    x, w1, w2 = (normal(*shape, device=device) for shape in ((T, H), (H, S), (S, H)))
-    w3 = normal(H, S, device=device) if is_gated(activation) else None
-    opcheck(operators.gather.default, (x, *apart))
+    opcheck(operators.gather.default, (normal(T, H, device=device), *apart))
     opcheck(operators.scatter.default, (normal(T * K, H, device=device), torch.rand(T, K, device=device), *apart))
-    opcheck(operators.grouped_gemm_up.default, (x, w1, w3, *apart, activation))
-    opcheck(operators.grouped_gemm_down.default, (normal(routing.ragged_numel(), device=device), w2, *apart))
+    act, w2 = normal(routing.ragged_numel(), device=device), normal(S, H, device=device)
+    opcheck(operators.grouped_gemm_down.default, (act, w2, *apart))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_grouped_gemm_up(activation: str, device: str) -> None:
+    topk_ids, (x, w1, w3) = ids(device), (normal(*shape, device=device) for shape in ((T, H), (H, S), (H, S)))
+    packed = functional.route(topk_ids, LAYOUT, backend="triton").packed
+    arguments = (x, w1, w3 if is_gated(activation) else None, topk_ids, packed, LAYOUT.widths, activation)
+    opcheck(torch.ops.triton_moe.grouped_gemm_up.default, arguments, test_utils=checks_of(activation))
 
 
 def test_expert_bias(device: str) -> None:
@@ -116,18 +182,7 @@ def test_expert_bias(device: str) -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    """Those with a backward are above, and opcheck runs their backward operators."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("triton_moe::")}
-    forward = {
-        "route",
-        "gather",
-        "scatter",
-        "grouped_gemm_up",
-        "grouped_gemm_down",
-        "moe_mlp",
-        "route_tokens",
-        "moe_layer",
-    }
-    backward = {f"{name}_backward" for name in forward - {"route"}}
-    without_backward = {"moe_mlp_inference", "keep_bias", "count_choices", "move_bias_in_forward"}
-    assert names == {f"triton_moe::{name}" for name in forward | backward | without_backward}
+    backward = {f"{name}_backward" for name in WITH_BACKWARD}
+    without_backward = {"route", "moe_mlp_inference", "keep_bias", "count_choices", "move_bias_in_forward"}
+    assert names == {f"triton_moe::{name}" for name in {*WITH_BACKWARD} | backward | without_backward}

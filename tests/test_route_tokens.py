@@ -124,6 +124,37 @@ def test_number_of_experts(num_experts: int, device: str) -> None:
         torch.testing.assert_close(value, getattr(expected, name), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("num_experts", [512, 513])
+def test_gradients_of_many_experts(num_experts: int, router: str, device: str) -> None:
+    """Those of autograd through the formulas, in the kernel (512) and in PyTorch (513)."""
+    layout = ExpertLayout(tuple(8 + e % 3 for e in range(num_experts)))
+    x, weight = tensors(6, torch.float32, device, num_experts)
+
+    def ours(x: Tensor, weight: Tensor) -> RouterOutput:
+        return route_tokens(x, weight, layout=layout, num_active_experts=8, router=router, backend="triton")
+
+    topk_ids = ours(x, weight).topk_ids
+
+    def formulas(x: Tensor, weight: Tensor) -> RouterOutput:
+        logits = x @ weight.t()
+        probs = logits.sigmoid() if router == "sigmoid" else logits.softmax(1)
+        chosen = probs.gather(1, topk_ids.long())
+        f = torch.nn.functional.one_hot(topk_ids.long(), num_experts).sum((0, 1)).to(x) / topk_ids.numel()
+        widths, sizes = (torch.tensor(values).to(x) for values in (layout.widths, layout.num_rivals))
+        losses = (
+            logits.logsumexp(1).square().mean(),
+            (sizes * f * probs.mean(0)).sum() / 3,
+            (widths * probs.mean(0)).sum() / widths.mean(),
+        )
+        statistics = logits.detach().abs().max(), logits.detach().mean()
+        return RouterOutput(chosen / chosen.sum(1, keepdim=True), topk_ids, f, f, *losses, *statistics)
+
+    actual, plain = forward_backward(ours, x, weight), forward_backward(formulas, x, weight)
+    truth = forward_backward(formulas, x.double(), weight.double())
+    assert_within_budget(actual, truth, plain, eps_dtype=torch.float32, name="route_tokens")
+
+
 def test_without_aux_losses_they_are_zero(device: str) -> None:
     x, weight = tensors(20, torch.float32, device)
     whole = route_tokens(x, weight, layout=LAYOUT, num_active_experts=2, backend="triton")
