@@ -70,11 +70,11 @@ def gradients_onto(
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     dlogits = router_bwd(logits, topk_ids, load, dweights, dz_loss, dbalance, dcompute, dtype, options)
     need_x, need_weight = needs
-    grads = []
+    multiplied, grads = weight.to(x.dtype).to(dtype), []  # the weights of the forward pass, which autocast has rounded
     if need_x and dx is not None and dx.dtype == dtype:
-        dx.addmm_(dlogits, weight.to(dtype))
+        dx.addmm_(dlogits, multiplied)
     elif need_x:
-        of_scores = torch.mm(dlogits, weight.to(dtype)).to(x.dtype)
+        of_scores = torch.mm(dlogits, multiplied).to(x.dtype)
         if dx is None:
             grads.append(of_scores)
         else:
