@@ -90,7 +90,7 @@ def forward_fake(
 def _is_largest(pre: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, routing: Routing) -> bool:
     """Whether the pre-activation beside its own gradient would be a backward's peak, not the rows of dx and all dw.
 
-    Then the gradient takes its place: dh is 40% slower so (dev/LOG.md, 2026-11-24, Hopper).
+    Then the gradient takes its place: dh is 40% slower so (dev/LOG-2026-11-24.md, Hopper).
     """
     behind_pre = pre.numel() + pre.numel() // _parts(w3)
     return behind_pre > routing.num_rows * x.shape[1] + _parts(w3) * w1.numel() + w2.numel()
