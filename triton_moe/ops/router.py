@@ -70,15 +70,15 @@ def gradients_onto(
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     dlogits = router_bwd(logits, topk_ids, load, dweights, dz_loss, dbalance, dcompute, dtype, options)
     need_x, need_weight = needs
-    multiplied, grads = weight.to(x.dtype).to(dtype), []  # the weights of the forward pass, which autocast has rounded
-    if need_x and dx is not None and dx.dtype == dtype:
-        dx.addmm_(dlogits, multiplied)
-    elif need_x:
-        of_scores = torch.mm(dlogits, multiplied).to(x.dtype)
+    grads = []
+    if need_x:
+        multiplied = weight.to(x.dtype).to(dtype)  # the weights of the forward pass, which autocast has rounded
         if dx is None:
-            grads.append(of_scores)
+            grads.append(torch.mm(dlogits, multiplied).to(x.dtype))
+        elif dx.dtype == dtype:
+            dx.addmm_(dlogits, multiplied)
         else:
-            dx.add_(of_scores)
+            dx.add_(torch.mm(dlogits, multiplied).to(x.dtype))
     return [*grads, torch.mm(dlogits.t(), x.to(dtype)).to(weight.dtype)] if need_weight else grads
 
 
