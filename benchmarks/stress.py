@@ -87,8 +87,9 @@ def fitted(given: Draw) -> Draw:
     case = given.case
     dtype = torch.bfloat16 if given.dtype == torch.float32 else given.dtype
     weights_dtype = torch.float32 if given.weights_dtype == torch.float32 else dtype
-    widths = tuple(64 * (width % 7) for width in case.widths)
-    sizes = {"hidden_size": 64 * (1 + case.hidden_size % 6), "widths": widths if any(widths) else (64, *widths[1:])}
+    step, most = ((64, 7), (8, 49))[given.seed // NUM_PROFILES % 2]
+    widths = tuple(step * (width % most) for width in case.widths)
+    sizes = {"hidden_size": 64 * (1 + case.hidden_size % 6), "widths": widths if any(widths) else (step, *widths[1:])}
     tokens = case.num_tokens if case.activation in ("relu", "reglu") else 3 * case.num_tokens
     case = dataclasses.replace(case, **sizes, num_tokens=tokens)
     return dataclasses.replace(given, case=case, dtype=dtype, weights_dtype=weights_dtype)

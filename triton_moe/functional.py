@@ -159,20 +159,14 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _check_hopper(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout) -> None:
-    """Raise ValueError if there are no Hopper kernels, which were asked for, for these experts."""
+def _check_hopper(x: Tensor) -> None:
+    """Raise ValueError if there are no Hopper kernels, which were asked for, for this input."""
     if not _is_hopper(x.device):
         _fail("backend", "a device of compute capability 9.0 for 'hopper'", f"tensors on {x.device}")
     if x.element_size() != 2:
         _fail("x", "bfloat16 or float16 for backend 'hopper'", x.dtype)
-    odd = [size for size in (x.shape[-1], *layout.widths) if size % 64]
-    if odd:
-        _fail("layout", "H and every width a multiple of 64 for backend 'hopper'", odd[0])
-    for name, weight in (("w1", w1), ("w2", w2), ("w3", w3)):
-        if weight is None:
-            continue
-        if min(weight.stride()) != 1 or max(weight.stride()) % 8 or weight.storage_offset() % 8:
-            _fail(name, "rows that start at 16 bytes for backend 'hopper'", f"strides {weight.stride()}")
+    if x.shape[-1] % 64:
+        _fail("x", "H a multiple of 64 for backend 'hopper'", x.shape[-1])
 
 
 def check_router_input(
@@ -194,13 +188,11 @@ def _is_captured(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _check_kernels(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, layout: ExpertLayout, backend: str, exact: bool
-) -> None:
+def _check_kernels(x: Tensor, backend: str, exact: bool) -> None:
     if exact and _is_captured(x):
         _fail("activation_memory", "'bounded' while a CUDA graph is captured", "'exact'")
     if backend == "hopper":
-        _check_hopper(x, w1, w2, w3, layout)
+        _check_hopper(x)
 
 
 def _autocasts(device: torch.device) -> bool:
@@ -247,11 +239,10 @@ def moe_mlp(
         b2: `(E, H)`, likewise.
         layout: the experts' widths and offsets.
         activation: one of `triton_moe.activations.ACTIVATIONS`.
-        backend: "hopper" (compute capability 9.0, 16 bits, H and every width a multiple of 64), "triton" (CUDA, compute
-            capability 8.0 or later), "torch" (any device), or "auto": the fastest that can. That is "hopper" from
-            `T K * H * mean width` of 2^35 on, but for products with H columns from H = 4096 on; below, an eager call
-            waits for the host, to which it costs more. Biases are added, and gradients of b1 and b3 begun, by the
-            kernels of "triton" in any case.
+        backend: "hopper" (compute capability 9.0, 16 bits, H a multiple of 64), "triton" (CUDA, compute capability 8.0
+            or later), "torch" (any device), or "auto": the fastest that can. That is "hopper" from
+            `T K * H * mean width` of 2^35 on; below, an eager call waits for the host, to which it costs more. Biases
+            are added, and gradients of b1 and b3 begun, by the kernels of "triton" in any case.
         activation_memory: "bounded" sizes what is kept for backward by the widest expert, from what the host knows;
             "exact" by the routing, for which it reads one number back, not while a CUDA graph is captured.
         recompute: keep x and the routing alone, and compute the pre-activation once more in backward.
@@ -287,7 +278,7 @@ def moe_mlp(
     if topk_ids.shape[0] != num_tokens:
         _fail("topk_ids", f"T = {num_tokens} rows as x", topk_ids.shape[0])
     if runs_kernels(x.device, x.dtype, backend):
-        _check_kernels(x, w1, w2, w3, layout, backend, activation_memory == "exact")
+        _check_kernels(x, backend, activation_memory == "exact")
         from triton_moe.ops.moe_mlp import moe_mlp as on_kernels
 
         run = functools.partial(on_kernels, backend=backend)
@@ -337,7 +328,7 @@ def moe_layer(
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
     _check_biases(b1, b2, b3, x, hidden_size, layout, gated)
     exact = activation_memory == "exact"
-    _check_kernels(x, w1, w2, w3, layout, backend, exact)
+    _check_kernels(x, backend, exact)
     from triton_moe.ops.moe_layer import moe_layer as run
 
     options = num_active_experts, router == "softmax", normalize_weights, aux_losses

@@ -147,13 +147,13 @@ def grouped_gemm_up_fwd(
 
     x is `(T, H)`, or `(R, H)` in expert order if not `gathered`; w1 and w3 `(H, S)` of any strides; b1 and b3 `(S)`.
     """
+    if gathered and b1 is None and b3 is None and hopper.takes(routing, w1, w3):
+        hopper.up_fwd(x, w1, w3, out, pre, routing, activation)
+        return
     x, hidden_size = rows_contiguous(x), x.shape[1]
     w1 = loadable(w1, routing)
     w3 = None if w3 is None else with_strides_of(loadable(w3, routing), w1)
     b1, b3 = (None if b is None else b.contiguous() for b in (b1, b3))
-    if gathered and b1 is None and b3 is None and hopper.takes(routing, w1, w3):
-        hopper.up_fwd(x, w1, w3, out, pre, routing, activation)
-        return
     launch, tables, num_tiles_n = _up_launcher(
         routing.layout, hidden_size, x.dtype, x.device, routing.block_m, w3 is not None, TOP_K=routing.top_k,
         GATHER=gathered, ACTIVATION=GATE_ACTIVATION.get(activation, activation),
@@ -195,13 +195,13 @@ def grouped_gemm_down_fwd(
     a is a ragged buffer, w and w_up `(S, H)` of any strides (w1 and w3 transposed give the gradient of x's rows).
     `finite`: what a holds past the widths cannot be NaN or infinite; loads are wider then.
     """
+    if b is None and hopper.takes(routing, w, w_up):
+        hopper.down_fwd(a, w, w_up, y, routing)
+        return
     hidden_size = w.shape[1]
     w = loadable(w.t(), routing).t()
     w_up = None if w_up is None else with_strides_of(loadable(w_up.t(), routing).t(), w)
     b = None if b is None else b.contiguous()
-    if b is None and hopper.takes(routing, w, w_up):
-        hopper.down_fwd(a, w, w_up, y, routing)
-        return
     launch, tables, num_tiles_n = _down_launcher(
         routing.layout, hidden_size, a.dtype, a.device, routing.block_m, PARTS=1 if w_up is None else 2, FINITE=finite,
         INPUT_PRECISION=input_precision(a.dtype, a.device),

@@ -34,14 +34,21 @@ def _launcher() -> Launcher:
     return Launcher(transpose_kernel, BLOCK_H=_BLOCK_H, BLOCK_S=_BLOCK_S, num_warps=4)
 
 
-def loadable(w: Tensor, routing: Routing) -> Tensor:
-    """`w (H, S)` itself, or a copy with H contiguous if experts start where no wide load can, and rows are many."""
-    layout = routing.layout
-    aligned = w.stride(1) != 1 or divides_widths(ROW_ALIGNMENT, layout)
-    if aligned or routing.num_rows <= _ROWS_WORTH_A_COPY * layout.num_experts:
-        return w
+def is_worth_a_copy(routing: Routing) -> bool:
+    """Whether rows are many enough for faster loads of the weights to make up for a copy of them."""
+    return routing.num_rows > _ROWS_WORTH_A_COPY * routing.layout.num_experts
+
+
+def transposed(w: Tensor) -> Tensor:
+    """A copy of `w (H, S)`, whose rows are contiguous, with H contiguous instead."""
     hidden_size, total_width = w.shape
     out = torch.empty(total_width, hidden_size, dtype=w.dtype, device=w.device)
     grid = cdiv(hidden_size, _BLOCK_H), cdiv(total_width, _BLOCK_S)
     _launcher()(grid, w, out, hidden_size, total_width, w.stride(0))
     return out.t()
+
+
+def loadable(w: Tensor, routing: Routing) -> Tensor:
+    """`w (H, S)` itself, or a copy with H contiguous if experts start where no wide load can, and rows are many."""
+    aligned = w.stride(1) != 1 or divides_widths(ROW_ALIGNMENT, routing.layout)
+    return w if aligned or not is_worth_a_copy(routing) else transposed(w)

@@ -1,8 +1,9 @@
 """Grouped GEMMs of rows with weights: up, down (and the gradient of x's rows), and the gradient behind down.
 
-Rows come by 16-byte asynchronous copies from anywhere, so gathered and ragged ones are alike; weights by TMA boxes. A
-box may stick out of an expert's columns, which are then not stored, but never out of its reduction: widths are
-multiples of 64, and so is H where it is the reduction.
+Rows come by 16-byte asynchronous copies from anywhere, so gathered and ragged ones are alike; weights by TMA boxes,
+which may stick out of an expert. Columns beyond it are not stored, or zeros in their place up to the end of a ragged
+buffer's row; a reduction beyond it meets rows filled with zeros. Where all widths are multiples of 64 (`EVEN`) no
+reduction goes beyond, and a row ends where the expert does. H is a multiple of 64.
 """
 
 from __future__ import annotations
@@ -36,11 +37,24 @@ from triton_moe.kernels.hopper.pipeline import (
     take_number,
     tma,
     wide_layout,
+    within,
 )
 
 
 @gluon.jit
-def locate(tile, tables, num_tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def row_stride(width, EVEN: gl.constexpr):
+    """Elements of an expert's row in a part of a ragged buffer: `layout.row_stride`."""
+    return width if EVEN else gl.cdiv(width, 8) * 8
+
+
+@gluon.jit
+def num_steps_of(width, PARTS: gl.constexpr, EVEN: gl.constexpr):
+    """Stages of a reduction over an expert's width, part after part."""
+    return PARTS * width // BLOCK_K if EVEN else PARTS * gl.cdiv(width, BLOCK_K)
+
+
+@gluon.jit
+def locate(tile, tables, num_tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, EVEN: gl.constexpr):
     """-> a tile's expert, its width, first column in the packed weights, first row of the tile, that row's place within
     the expert, rows from there on, first column.
 
@@ -51,7 +65,9 @@ def locate(tile, tables, num_tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constex
     entry = parts + 2 * (tile if num_tiles_n is None else tile // num_tiles_n)
     expert = gl.load(entry)
     part = gl.load(entry + 1)
-    width = gl.multiple_of(gl.load(widths + expert), 64)
+    width = gl.load(widths + expert)
+    if EVEN:
+        width = gl.multiple_of(width, 64)
     if num_tiles_n is None:
         across = gl.cdiv(width, BLOCK_N)
         start = part // across * BLOCK_M
@@ -70,9 +86,9 @@ def num_ragged_tiles(numbers, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def ragged_rows(buffer, expert, start, width, ragged_offsets, PARTS: gl.constexpr):
-    """Pointer to row `start` of the expert's `(n_e, PARTS, width)` block of a ragged buffer."""
-    return buffer + PARTS * (gl.load(ragged_offsets + expert) + start.to(gl.int64) * width)
+def ragged_rows(buffer, expert, start, pitch, ragged_offsets, PARTS: gl.constexpr):
+    """Pointer to row `start` of the expert's `(n_e, PARTS, pitch)` block of a ragged buffer."""
+    return buffer + PARTS * (gl.load(ragged_offsets + expert) + start.to(gl.int64) * pitch)
 
 
 @gluon.jit
@@ -97,7 +113,7 @@ def copy_weights(w, k, n, bar, tile, B_BY_K: gl.constexpr):
 @gluon.jit
 def produce(
     operands,
-    RAGGED_A: gl.constexpr, PARTS: gl.constexpr, TOP_K: gl.constexpr, B_BY_K: gl.constexpr,
+    RAGGED_A: gl.constexpr, PARTS: gl.constexpr, TOP_K: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring for every tile of this program.
@@ -118,11 +134,14 @@ def produce(
     while tile >= 0:
         if RAGGED_A:  # a short reduction: the number must be on its way
             number = take_number(schedule)
-        expert, width, offset, first_row, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, TILE_N)
+        expert, width, offset, first_row, start, num_rows, col = locate(
+            tile, tables, num_tiles_n, BLOCK_M, TILE_N, EVEN
+        )
+        pitch = row_stride(width, EVEN)
         local = gl.minimum(rows, num_rows - 1)
         if RAGGED_A:
-            a_rows = ragged_rows(a, expert, start, width, ragged_offsets, PARTS) + local * (PARTS * width)
-            num_steps = PARTS * width // BLOCK_K
+            a_rows = ragged_rows(a, expert, start, pitch, ragged_offsets, PARTS) + local * (PARTS * pitch)
+            num_steps = num_steps_of(width, PARTS, EVEN)
             first_k = offset
             n = col
         else:
@@ -143,14 +162,20 @@ def produce(
                 copy_weights(w, k, n, bar, b_tile.slice(0, TILE_N, 0 if B_BY_K else 1), B_BY_K)
                 copy_weights(w_up, k, n, bar, b_tile.slice(TILE_N, TILE_N, 0 if B_BY_K else 1), B_BY_K)
             elif RAGGED_A and PARTS == 2:
-                if step * BLOCK_K < width:
+                if step * 2 < num_steps:
                     copy_weights(w, k, n, bar, b_tile, B_BY_K)
                 else:
-                    copy_weights(w_up, k - width, n, bar, b_tile, B_BY_K)
+                    copy_weights(w_up, k - num_steps // 2 * BLOCK_K, n, bar, b_tile, B_BY_K)
             else:
                 copy_weights(w, k, n, bar, b_tile, B_BY_K)
-            copy_elements(a_tiles.index(stage), a_ptrs)
-            a_ptrs += BLOCK_K
+            if RAGGED_A and not EVEN:
+                part = gl.where(step * PARTS < num_steps, 0, 1)
+                start_k = (step - part * (num_steps // PARTS)) * BLOCK_K
+                inside = (inner // 8 < (pitch - start_k) // 8)[None, :] & (rows >= 0)[:, None]
+                copy_elements(a_tiles.index(stage), a_ptrs + (part * pitch + start_k), inside)
+            else:
+                copy_elements(a_tiles.index(stage), a_ptrs)
+                a_ptrs += BLOCK_K
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = advance(stage, phase, STAGES)
         if not RAGGED_A:  # a long one: taken late, nobody gets a tile that another has time for
@@ -164,7 +189,7 @@ def produce(
 def finish_up(
     operands,
     HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, KEEP_PRE: gl.constexpr,
-    KEEP_ACT: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    KEEP_ACT: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     ring, schedule, pre, out, tables, ragged_offsets, H = operands
@@ -175,29 +200,32 @@ def finish_up(
     turn = 0
     tile = first_tile(schedule)
     while tile >= 0:
-        expert, width, _, _, start, num_rows, col = locate(tile, tables, None, BLOCK_M, TILE_N)
+        expert, width, _, _, start, num_rows, col = locate(tile, tables, None, BLOCK_M, TILE_N, EVEN)
+        pitch = row_stride(width, EVEN)
         start += HALF * HALF_M
         num_rows -= HALF * HALF_M
         acc, stage, phase = multiply(
             ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
         )
         tiles = pieces(acc)
-        pre_start = ragged_rows(pre, expert, start, width, ragged_offsets, PARTS) + col
-        out_start = ragged_rows(out, expert, start, width, ragged_offsets, 1) + col
+        pre_start = ragged_rows(pre, expert, start, pitch, ragged_offsets, PARTS) + col
+        out_start = ragged_rows(out, expert, start, pitch, ragged_offsets, 1) + col
         for p in gl.static_range(TILE_N // PIECE_N):
             at = p * PIECE_N
-            num_cols = width - col - at
+            num_cols = pitch - col - at
             if num_cols > 0:
+                gate = tiles[p] if EVEN else within(tiles[p], width - col - at)
+                if GATED:
+                    up = tiles[p + 2] if EVEN else within(tiles[p + 2], width - col - at)
                 if KEEP_PRE:
-                    store_own_rows(tiles[p], pre_start + at, PARTS * width, num_rows, num_cols)
+                    store_own_rows(gate, pre_start + at, PARTS * pitch, num_rows, num_cols)
                 if KEEP_PRE and GATED:
-                    up_start = pre_start + width + at
-                    store_own_rows(tiles[p + 2], up_start, PARTS * width, num_rows, num_cols)
+                    store_own_rows(up, pre_start + pitch + at, PARTS * pitch, num_rows, num_cols)
                 if KEEP_ACT:
-                    act = act_fwd(tiles[p], ACTIVATION, True)
+                    act = act_fwd(gate, ACTIVATION, True)
                     if GATED:
-                        act *= tiles[p + 2]
-                    store_own_rows(act, out_start + at, width, num_rows, num_cols)
+                        act *= up
+                    store_own_rows(act, out_start + at, pitch, num_rows, num_cols)
         tile = next_tile(schedule, turn)
         turn += 1
 
@@ -206,7 +234,7 @@ def finish_up(
 def grouped_gemm_up_hopper_kernel(
     x, w1, w3, pre, out, widths, offsets, row_offsets, numbers, tiles, row_to_slot, ragged_offsets, H, stride_xt,
     TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, KEEP_PRE: gl.constexpr, KEEP_ACT: gl.constexpr,
-    B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    B_BY_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     TILE_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -217,9 +245,9 @@ def grouped_gemm_up_hopper_kernel(
     producer = (ring, schedule, x, w1, w3, tables, row_to_slot, ragged_offsets, None, H, stride_xt)
     gl.warp_specialize(
         [
-            (finish_up, (consumer, 0, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
-            (finish_up, (consumer, 1, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
-            (produce, (producer, False, 1, TOP_K, B_BY_K, BLOCK_M, BLOCK_N, TILE_N, STAGES)),
+            (finish_up, (consumer, 0, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_up, (consumer, 1, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
+            (produce, (producer, False, 1, TOP_K, B_BY_K, EVEN, BLOCK_M, BLOCK_N, TILE_N, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -229,8 +257,8 @@ def grouped_gemm_up_hopper_kernel(
 @gluon.jit
 def finish_down(
     operands,
-    HALF: gl.constexpr, PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    HALF: gl.constexpr, PARTS: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     ring, schedule, buffers, y, y_boxes, tables, num_tiles_n, H = operands
     stage = 0
@@ -238,10 +266,10 @@ def finish_down(
     turn = 0
     tile = first_tile(schedule)
     while tile >= 0:
-        _, width, _, first_row, _, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N)
+        _, width, _, first_row, _, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N, EVEN)
         num_rows -= HALF * HALF_M
         acc, stage, phase = multiply(
-            ring, stage, phase, PARTS * width // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+            ring, stage, phase, num_steps_of(width, PARTS, EVEN), num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
         )
         tiles = pieces(acc)
         first_row += HALF * HALF_M
@@ -264,8 +292,8 @@ def finish_down(
 @gluon.jit
 def grouped_gemm_down_hopper_kernel(
     a, w, w_up, y, y_boxes, widths, offsets, row_offsets, numbers, row_blocks, ragged_offsets, H, num_tiles_n,
-    PARTS: gl.constexpr, B_BY_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PARTS: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ring = make_weights_ring(a.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(a.dtype.element_ty, 4, PIECE_N)
@@ -275,9 +303,9 @@ def grouped_gemm_down_hopper_kernel(
     producer = (ring, schedule, a, w, w_up, tables, row_blocks, ragged_offsets, num_tiles_n, H, H)
     gl.warp_specialize(
         [
-            (finish_down, (consumer, 0, PARTS, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
-            (finish_down, (consumer, 1, PARTS, B_BY_K, BLOCK_M, BLOCK_N, STAGES)),
-            (produce, (producer, True, PARTS, 1, B_BY_K, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
+            (finish_down, (consumer, 0, PARTS, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_down, (consumer, 1, PARTS, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
+            (produce, (producer, True, PARTS, 1, B_BY_K, EVEN, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -12,11 +12,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton_moe.activations import GATE_ACTIVATION, is_gated
-from triton_moe.kernels.config import BLOCK_M, INTERPRETED, LayoutTables, capability, cdiv, layout_tables
+from triton_moe.kernels.config import (
+    BLOCK_M,
+    INTERPRETED,
+    LayoutTables,
+    capability,
+    cdiv,
+    layout_tables,
+    with_strides_of,
+)
 from triton_moe.kernels.hopper.grouped_gemm import grouped_gemm_down_hopper_kernel, grouped_gemm_up_hopper_kernel
 from triton_moe.kernels.hopper.grouped_gemm_bwd import grouped_gemm_dh_hopper_kernel, grouped_gemm_dw_hopper_kernel
 from triton_moe.kernels.hopper.pipeline import BLOCK_K, HALF_M, PIECE_N
 from triton_moe.kernels.launch import Launcher
+from triton_moe.kernels.transpose import is_worth_a_copy, transposed
 from triton_moe.kernels.tuning import PipelineConfig, cached_launcher, tuned
 from triton_moe.layout import ExpertLayout, Routing, TileLists
 
@@ -30,13 +39,13 @@ assert INTERPRETED or 2 * HALF_M.value == BLOCK_M
 
 @functools.lru_cache(maxsize=256)
 def fits(layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels exist for a layer: compute capability 9.0, 16 bits, H and every width multiples of 64."""
+    """Whether the kernels exist for a layer: compute capability 9.0, 16 bits, H a multiple of 64."""
     return (
         not INTERPRETED
         and device.type == "cuda"
         and capability(device) == (9, 0)
         and dtype.itemsize == 2
-        and math.gcd(_BLOCK_K, hidden_size, *layout.widths) == _BLOCK_K
+        and hidden_size % _BLOCK_K == 0
     )
 
 
@@ -47,24 +56,30 @@ def _aligned(matrix: Tensor) -> bool:
 
 
 def takes(routing: Routing, *weights: Tensor | None) -> bool:
-    """Whether a product of these weights, or for them, runs here: if that was asked for, or it is large and the choice
-    is ours; there are rows, and no weight lies askew in memory."""
+    """Whether a product of these weights, or for them, runs here: there are rows, and that was asked for; or the choice
+    is ours, the product is large, and so it is to weights that must be copied (`_boxable`)."""
     first, layout, num_rows = weights[0], routing.layout, routing.num_rows
     assert first is not None
     if routing.backend != "hopper" and (
-        routing.backend != "auto" or num_rows * first.numel() < _WORTH_IT * layout.num_experts
+        routing.backend != "auto"
+        or num_rows * first.numel() < _WORTH_IT * layout.num_experts
+        or not (is_worth_a_copy(routing) or all(weight is None or _aligned(weight) for weight in weights))
     ):
         return False
-    return (
-        num_rows > 0
-        and fits(layout, first.numel() // layout.total_width, first.dtype, first.device)
-        and all(weight is None or _aligned(weight) for weight in weights)
-    )
+    return num_rows > 0 and fits(layout, first.numel() // layout.total_width, first.dtype, first.device)
 
 
 def _straight(x: Tensor) -> Tensor:
     """Rows that start at 16 bytes: the matrix itself, or a copy."""
     return x if _aligned(x) and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _boxable(w: Tensor, like: Tensor | None = None) -> Tensor:
+    """`w (H, S)` itself, or a copy that TMA can read: its rows, or its columns, start at 16 bytes. With `like`, a
+    matrix that can be read so, it lies in memory as that does."""
+    if not _aligned(w):
+        w = transposed(w) if w.stride(1) == 1 else w.t().clone(memory_format=torch.contiguous_format).t()
+    return w if like is None else with_strides_of(w, like)
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,7 +115,8 @@ def _launcher(
 ) -> tuple[Launcher, LayoutTables, int]:
     """-> launcher, the layout's tables, programs. `name`: the kernel's in the tuning table."""
     config = tuned(f"hopper_{name}", (9, 0), PipelineConfig)
-    launch = Launcher(kernel, **options, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **config._asdict(), num_warps=4)
+    even = math.gcd(_BLOCK_K, *layout.widths) == _BLOCK_K
+    launch = Launcher(kernel, **options, EVEN=even, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **config._asdict(), num_warps=4)
     return launch, layout_tables(layout, device), _num_programs(device)
 
 
@@ -108,7 +124,8 @@ def up_fwd(
     x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor | None, pre: Tensor | None, routing: Routing,
     activation: str,
 ) -> None:  # fmt: skip
-    x, layout, gated, by_k = _straight(x), routing.layout, w3 is not None, w1.stride(1) != 1
+    x, layout, gated, w1 = _straight(x), routing.layout, w3 is not None, _boxable(w1)
+    w3, by_k = None if w3 is None else _boxable(w3, w1), w1.stride(1) != 1
     launch, tables, programs = _launcher(
         grouped_gemm_up_hopper_kernel, "up", layout, x.device, TOP_K=routing.top_k,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, KEEP_PRE=pre is not None,
@@ -125,6 +142,8 @@ def up_fwd(
 
 
 def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
+    w = _boxable(w.t()).t()
+    w_up = None if w_up is None else _boxable(w_up.t(), w.t()).t()
     hidden_size, by_k = w.shape[1], w.stride(1) != 1
     launch, tables, programs = _launcher(
         grouped_gemm_down_hopper_kernel, "down", routing.layout, a.device, PARTS=1 if w_up is None else 2,
@@ -143,7 +162,8 @@ def dh(
     act_weighted: Tensor, dweights_partial: Tensor,
 ) -> None:  # fmt: skip
     """`dweights_partial (R, tiles)`: a partial sum for each tile of BLOCK_N columns."""
-    dout, by_k, gated = _straight(dout), w2.stride(1) == 1, is_gated(activation)
+    dout, w2, gated = _straight(dout), _boxable(w2.t()).t(), is_gated(activation)
+    by_k = w2.stride(1) == 1
     launch, tables, programs = _launcher(
         grouped_gemm_dh_hopper_kernel, "dh_gated" if gated else "dh", routing.layout, dout.device,
         TOP_K=routing.top_k, ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, B_BY_K=by_k,
@@ -159,17 +179,18 @@ def dh(
 def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing) -> None:
     x, layout, hidden_size = _straight(x), routing.layout, x.shape[1]
     parts, ragged_m = 1 if dw_up is None else 2, dw.stride(1) != 1
+    boxed = _aligned(dw) and (dw_up is None or _aligned(dw_up))
     launch, tables, programs = _launcher(
         grouped_gemm_dw_hopper_kernel, "dw", layout, x.device, PARTS=parts, RAGGED_M=ragged_m,
-        TOP_K=routing.top_k,
+        TOP_K=routing.top_k, BOXED=boxed,
     )  # fmt: skip
     columns = BLOCK_M if ragged_m else BLOCK_N // parts
     num_tiles_h = cdiv(hidden_size, BLOCK_N if ragged_m else BLOCK_M)
     num_tiles = layout.num_column_blocks(columns) * (parts if ragged_m else 1) * num_tiles_h
-    boxes = _piece_boxes(dw.t() if ragged_m else dw)
-    up_boxes = boxes if dw_up is None else _piece_boxes(dw_up.t() if ragged_m else dw_up)
+    boxes = _piece_boxes(dw.t() if ragged_m else dw) if boxed else dw
+    up_boxes = boxes if dw_up is None or not boxed else _piece_boxes(dw_up.t() if ragged_m else dw_up)
     launch(
-        (programs,), x, d, boxes, up_boxes, tables.widths, tables.offsets, routing.row_offsets,
-        _tiles(routing).weights[columns], routing.row_to_slot, routing.ragged_offsets, hidden_size, x.stride(0),
-        num_tiles, num_tiles_h,
+        (programs,), x, d, dw, dw if dw_up is None else dw_up, boxes, up_boxes, tables.widths, tables.offsets,
+        routing.row_offsets, _tiles(routing).weights[columns], routing.row_to_slot, routing.ragged_offsets, hidden_size,
+        x.stride(0), *dw.stride(), num_tiles, num_tiles_h,
     )  # fmt: skip

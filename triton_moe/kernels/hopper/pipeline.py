@@ -223,6 +223,13 @@ def pieces(tile):
 
 
 @gluon.jit
+def within(tile, num_cols):
+    """A tile with zeros in the columns from `num_cols` on."""
+    cols = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, tile.type.layout))
+    return gl.where((cols < num_cols)[None, :], tile, 0.0)
+
+
+@gluon.jit
 def row_pointers(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
     """Pointers to a tile of 16-bit elements and which of them are within num_rows and num_cols (a multiple of 8), 16
     bytes a thread. `start` and the rows must be aligned so."""
