@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 MAX_SHARED_MEMORY = 232_448  # bytes of a block, CUDA programming guide, compute capability 9.0
 # Bytes of a thread, in dh alone: what no tile changes is stored once a launch and read once a tile (dev/LOG.md).
-MAX_SPILL = {"silu": 20, "gelu_tanh": 36, "gelu": 12, "relu": 24}
+MAX_SPILL = {"silu": 56, "gelu_tanh": 36, "gelu": 72, "relu": 40, "relu_squared": 8}
 MAX_REGISTERS = 504  # of a producer's and two consumers' threads: a third of them, 168, is what a launch gives each
 kernels = functools.partial(moe_mlp, backend="hopper")
 
@@ -46,7 +46,7 @@ hopper._num_programs = lambda device: 132
 jit.JITFunction.run = lambda *args, **options: None
 T, H, K = 256, 1536, 2
 routed = lambda *widths: route(torch.zeros(T, K, dtype=torch.int32), ExpertLayout(widths), "hopper")
-EVEN, UNEVEN, ODD = routed(512, 64, 0, 128), routed(512, 96, 0, 200), routed(512, 96, 0, 201)
+EVEN, UNEVEN, ODD = routed(512, 64, 0, 128), routed(512, 96, 0, 200), routed(512, 97, 0, 199)
 describe_each(describe)
 
 def launch_all(routing, dtype, activation, turned=False, of_dh_alone=False):
@@ -136,7 +136,7 @@ CASES = (
     Case(300, 192, (96, 40, 0, 200, 16), 2, "swiglu", reason="widths that are no multiples of 64"),
     Case(260, 128, (33, 65, 30, 128), 2, "relu_squared", reason="odd widths"),
     Case(400, 64, (100, 4, 24, 300, 524), 2, "gelu", reason="a gradient that is not 0 past the width"),
-    Case(280, 192, (33, 64, 30, 130), 2, "swiglu", reason="an odd total width, where TMA cannot read or store"),
+    Case(280, 192, (33, 64, 30, 130), 2, "swiglu", reason="an odd total width"),
 )
 
 
@@ -177,7 +177,7 @@ def test_cases(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @hopper_only
 def test_weights_anywhere_in_memory() -> None:
-    """Rows that start where TMA cannot read: the kernels get copies, and store gradients without it."""
+    """Rows that start where TMA can neither read nor write: the kernels get copies, and write without it."""
     inputs = inputs_for(CASES[0], torch.bfloat16, "cuda")
     weights = {name: torch.nn.functional.pad(getattr(inputs, name), (1, 2))[:, 1:-2] for name in ("w1", "w2", "w3")}
     askew = Inputs(**{**vars(inputs), **weights})

@@ -195,7 +195,7 @@ def grouped_gemm_down_fwd(
     a is a ragged buffer, w and w_up `(S, H)` of any strides (w1 and w3 transposed give the gradient of x's rows).
     `finite`: what a holds past the widths cannot be NaN or infinite; loads are wider then.
     """
-    if b is None and hopper.takes(routing, w, w_up):
+    if b is None and hopper.takes(routing, w.t(), None if w_up is None else w_up.t()):
         hopper.down_fwd(a, w, w_up, y, routing)
         return
     hidden_size = w.shape[1]

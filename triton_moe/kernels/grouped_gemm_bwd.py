@@ -205,7 +205,7 @@ def grouped_gemm_dh(
     """
     dout, hidden_size, num_slots = rows_contiguous(dout), dout.shape[1], routing.num_rows
     topk_weights = topk_weights.contiguous()
-    if dbias_partial is None and hopper.takes(routing, w2):
+    if dbias_partial is None and hopper.takes(routing, w2.t()):
         launch, tables, block_n = None, layout_tables(routing.layout, pre.device), hopper.BLOCK_N
     else:
         launch, tables, block_n = _dh_launcher(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from triton_moe.kernels.config import (
     LayoutTables,
     capability,
     cdiv,
+    divides_widths,
     layout_tables,
     with_strides_of,
 )
@@ -27,7 +27,7 @@ from triton_moe.kernels.hopper.pipeline import BLOCK_K, HALF_M, PIECE_N
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.transpose import is_worth_a_copy, transposed
 from triton_moe.kernels.tuning import PipelineConfig, cached_launcher, tuned
-from triton_moe.layout import ExpertLayout, Routing, TileLists
+from triton_moe.layout import ROW_ALIGNMENT, ExpertLayout, Routing, TileLists
 
 BLOCK_N = 256
 _BLOCK_K = BLOCK_K.value
@@ -55,15 +55,21 @@ def _aligned(matrix: Tensor) -> bool:
     return inner == 1 and outer % 8 == 0 and matrix.data_ptr() % 16 == 0
 
 
+def _in_boxes(w: Tensor, layout: ExpertLayout) -> bool:
+    """Whether TMA reads and writes an expert's part of `w (H, S)`: not only rows or columns, but in a row of S the
+    experts too start at 16 bytes."""
+    return _aligned(w) and (w.stride(1) != 1 or divides_widths(ROW_ALIGNMENT, layout))
+
+
 def takes(routing: Routing, *weights: Tensor | None) -> bool:
-    """Whether a product of these weights, or for them, runs here: there are rows, and that was asked for; or the choice
-    is ours, the product is large, and so it is to weights that must be copied (`_boxable`)."""
+    """Whether a product of these weights `(H, S)`, or for them, runs here: there are rows, and that was asked for; or
+    the choice is ours, the product is large, and large beside a copy of the weights if they need one (`_boxable`)."""
     first, layout, num_rows = weights[0], routing.layout, routing.num_rows
     assert first is not None
     if routing.backend != "hopper" and (
         routing.backend != "auto"
         or num_rows * first.numel() < _WORTH_IT * layout.num_experts
-        or not (is_worth_a_copy(routing) or all(weight is None or _aligned(weight) for weight in weights))
+        or not (is_worth_a_copy(routing) or all(w is None or _in_boxes(w, layout) for w in weights))
     ):
         return False
     return num_rows > 0 and fits(layout, first.numel() // layout.total_width, first.dtype, first.device)
@@ -74,10 +80,9 @@ def _straight(x: Tensor) -> Tensor:
     return x if _aligned(x) and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _boxable(w: Tensor, like: Tensor | None = None) -> Tensor:
-    """`w (H, S)` itself, or a copy that TMA can read: its rows, or its columns, start at 16 bytes. With `like`, a
-    matrix that can be read so, it lies in memory as that does."""
-    if not _aligned(w):
+def _boxable(w: Tensor, layout: ExpertLayout, like: Tensor | None = None) -> Tensor:
+    """`w (H, S)` itself, or a copy that TMA can read (`_in_boxes`); in memory as `like`, which it can, if given."""
+    if not _in_boxes(w, layout):
         w = transposed(w) if w.stride(1) == 1 else w.t().clone(memory_format=torch.contiguous_format).t()
     return w if like is None else with_strides_of(w, like)
 
@@ -115,8 +120,10 @@ def _launcher(
 ) -> tuple[Launcher, LayoutTables, int]:
     """-> launcher, the layout's tables, programs. `name`: the kernel's in the tuning table."""
     config = tuned(f"hopper_{name}", (9, 0), PipelineConfig)
-    even = math.gcd(_BLOCK_K, *layout.widths) == _BLOCK_K
-    launch = Launcher(kernel, **options, EVEN=even, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **config._asdict(), num_warps=4)
+    launch = Launcher(
+        kernel, **options, EVEN=divides_widths(_BLOCK_K, layout), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **config._asdict(),
+        num_warps=4,
+    )  # fmt: skip
     return launch, layout_tables(layout, device), _num_programs(device)
 
 
@@ -124,8 +131,9 @@ def up_fwd(
     x: Tensor, w1: Tensor, w3: Tensor | None, out: Tensor | None, pre: Tensor | None, routing: Routing,
     activation: str,
 ) -> None:  # fmt: skip
-    x, layout, gated, w1 = _straight(x), routing.layout, w3 is not None, _boxable(w1)
-    w3, by_k = None if w3 is None else _boxable(w3, w1), w1.stride(1) != 1
+    x, layout, gated = _straight(x), routing.layout, w3 is not None
+    w1 = _boxable(w1, layout)
+    w3, by_k = None if w3 is None else _boxable(w3, layout, w1), w1.stride(1) != 1
     launch, tables, programs = _launcher(
         grouped_gemm_up_hopper_kernel, "up", layout, x.device, TOP_K=routing.top_k,
         ACTIVATION=GATE_ACTIVATION.get(activation, activation), GATED=gated, KEEP_PRE=pre is not None,
@@ -142,8 +150,8 @@ def up_fwd(
 
 
 def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Routing) -> None:
-    w = _boxable(w.t()).t()
-    w_up = None if w_up is None else _boxable(w_up.t(), w.t()).t()
+    w = _boxable(w.t(), routing.layout).t()
+    w_up = None if w_up is None else _boxable(w_up.t(), routing.layout, w.t()).t()
     hidden_size, by_k = w.shape[1], w.stride(1) != 1
     launch, tables, programs = _launcher(
         grouped_gemm_down_hopper_kernel, "down", routing.layout, a.device, PARTS=1 if w_up is None else 2,
@@ -162,7 +170,7 @@ def dh(
     act_weighted: Tensor, dweights_partial: Tensor,
 ) -> None:  # fmt: skip
     """`dweights_partial (R, tiles)`: a partial sum for each tile of BLOCK_N columns."""
-    dout, w2, gated = _straight(dout), _boxable(w2.t()).t(), is_gated(activation)
+    dout, w2, gated = _straight(dout), _boxable(w2.t(), routing.layout).t(), is_gated(activation)
     by_k = w2.stride(1) == 1
     launch, tables, programs = _launcher(
         grouped_gemm_dh_hopper_kernel, "dh_gated" if gated else "dh", routing.layout, dout.device,
@@ -179,7 +187,7 @@ def dh(
 def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing) -> None:
     x, layout, hidden_size = _straight(x), routing.layout, x.shape[1]
     parts, ragged_m = 1 if dw_up is None else 2, dw.stride(1) != 1
-    boxed = _aligned(dw) and (dw_up is None or _aligned(dw_up))
+    boxed = all(_in_boxes(w, layout) for w in (dw, dw_up) if w is not None)
     launch, tables, programs = _launcher(
         grouped_gemm_dw_hopper_kernel, "dw", layout, x.device, PARTS=parts, RAGGED_M=ragged_m,
         TOP_K=routing.top_k, BOXED=boxed,
