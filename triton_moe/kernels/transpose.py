@@ -24,7 +24,7 @@ def transpose_kernel(w, out, H, S, stride_wh, BLOCK_H: tl.constexpr, BLOCK_S: tl
     tl.store(out + s[:, None] * H + h[None, :], tl.trans(tile), mask=tl.trans(mask))
 
 
-_BLOCK_H, _BLOCK_S = (16, 16) if INTERPRETED else (64, 64)
+_BLOCK_H, _BLOCK_S = (16, 16) if INTERPRETED else (64, 128)
 _ROWS_WORTH_A_COPY = 16
 """Rows an expert on average."""
 
