@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model, for the CPU")
     parser.add_argument("--out", type=Path, help="folder of the CSV file")
     args = parser.parse_args(argv)
+    if args.quick and args.config is not None:
+        parser.error("argument --config: expected none with --quick, which has a model of its own")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = QUICK_CONFIG if args.quick else CONFIG if args.config is None else Config.read(args.config)
     if args.compile:

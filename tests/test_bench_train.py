@@ -51,6 +51,12 @@ def test_experts_that_differ_are_not_timed(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+def test_quick_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_train.main(["--quick", "--config", str(tmp_path / "config.json")])
+    assert "argument --config: expected none with --quick" in capsys.readouterr().err
+
+
 def test_both_agree_in_bf16() -> None:
     tokens = Tokens.load(TEXT, bench_train.QUICK_CONFIG.vocabulary)
     config = dataclasses.replace(bench_train.QUICK_CONFIG, precision="bf16")
