@@ -31,7 +31,7 @@ DEFAULT_CASES = ("128x256_top8", "32x1024_top2", "64exp_uniform_h768", "64exp_va
 def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bool) -> list[dict]:
     config, backends = case.config, ["triton"]
     shape = Shape(case.num_tokens, config.hidden_size, config.layout, config.num_active_experts, config.activation)
-    if fits(case.config.layout, case.config.hidden_size, dtype, device):
+    if fits(case.config.hidden_size, dtype, device):
         backends.append("hopper")
     of_backend = {backend: products(shape, backend, dtype, device) for backend in backends}
     flops = case.forward_flops() / (3 if is_gated(case.config.activation) else 2)

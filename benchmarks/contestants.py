@@ -39,8 +39,8 @@ def triton_moe_hopper(config: MoEConfig, state: State) -> Layer:
     weight = state["w1"]
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) != (9, 0) or weight.element_size() != 2:
         raise CannotRun("The Hopper kernels take 16 bits on a GPU of compute capability 9.0.")
-    if any(size % 64 for size in (config.hidden_size, *config.layout.widths)):
-        raise CannotRun("The Hopper kernels take multiples of 64.")
+    if config.hidden_size % 64:
+        raise CannotRun("The Hopper kernels take multiples of 64 as H.")
     return _moe_mlp(config, state, "hopper")
 
 

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path, machine, status = folder(args.out, quick=False, device=device) / "counters.csv", provenance(device), 0
     for case in cases:
-        fitting = fits(case.config.layout, case.config.hidden_size, torch.bfloat16, device)
+        fitting = fits(case.config.hidden_size, torch.bfloat16, device)
         for backend in ("hopper", "triton") if fitting else ("triton",):
             try:
                 rows = [{**row, **machine} for row in profile(case, backend, args.seconds)]

@@ -87,7 +87,7 @@ def fitted(given: Draw) -> Draw:
     case = given.case
     dtype = torch.bfloat16 if given.dtype == torch.float32 else given.dtype
     weights_dtype = torch.float32 if given.weights_dtype == torch.float32 else dtype
-    step, most = ((64, 7), (8, 49))[given.seed // NUM_PROFILES % 2]
+    step, most = ((64, 7), (8, 49), (1, 385))[given.seed // NUM_PROFILES % 3]
     widths = tuple(step * (width % most) for width in case.widths)
     sizes = {"hidden_size": 64 * (1 + case.hidden_size % 6), "widths": widths if any(widths) else (step, *widths[1:])}
     tokens = case.num_tokens if case.activation in ("relu", "reglu") else 3 * case.num_tokens

@@ -49,5 +49,9 @@ def unit(shape: torch.Size | tuple[int, ...], like: Tensor, seed: int = 1) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 
 
+def has_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def inputs_for(case: Case, dtype: torch.dtype, device: str, seed: int = 0, **options: Any) -> Inputs:
     return make_inputs(case, dtype, device, seed=seed, **options)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators import inputs_for
+from operators import has_hopper, inputs_for
 from triton_moe import MoEConfig, MoEMLP, moe_mlp
-from triton_moe.testing import CASES, Case, poison_empty, run
+from triton_moe.testing import CASES, Case, Inputs, poison_empty, run
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -59,22 +59,37 @@ def normal(size: int, device: str) -> Tensor:
     return torch.randn(size, device=device)
 
 
+def check_repeated(
+    inputs: list[Inputs], backend: str, repeats: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Forward and backward of three calls of one kind: as it stands, recorded, repeated."""
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "is_hooked", lambda: True)
+        expected = [run(moe_mlp, given, backend=backend) for given in inputs]
+    assert not repeats
+    for number, given in enumerate(inputs):
+        with poison_empty() if number == 2 else torch.enable_grad():
+            actual = run(moe_mlp, given, backend=backend)
+        assert all(torch.equal(actual[name], expected[number][name]) for name in actual)
+    assert len(repeats) == 2  # forward and backward
+
+
 @pytest.mark.parametrize("case", [case for case in CASES[::3] if case.num_tokens], ids=lambda case: case.reason)
 def test_a_repeated_call_is_the_call(
     case: Case, device: str, dtype: torch.dtype, repeats: list[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward of the layer with other values and another routing, recorded, then repeated."""
-    seeds = range(3)
-    inputs = [inputs_for(case, dtype, device, seed=seed) for seed in seeds]
-    with monkeypatch.context() as patch:
-        patch.setattr(replay, "is_hooked", lambda: True)
-        expected = [run(moe_mlp, given, backend="triton") for given in inputs]
-    assert not repeats
-    for seed in seeds:
-        with poison_empty() if seed == 2 else torch.enable_grad():
-            actual = run(moe_mlp, inputs[seed], backend="triton")
-        assert all(torch.equal(actual[name], expected[seed][name]) for name in actual)
-    assert len(repeats) == 2  # forward and backward
+    """With other values and another routing."""
+    inputs = [inputs_for(case, dtype, device, seed=seed) for seed in range(3)]
+    check_repeated(inputs, "triton", repeats, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_hopper(), reason="needs compute capability 9.0")
+def test_a_repeated_call_copies_weights_again(repeats: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that TMA cannot read where they are."""
+    case = Case(280, 192, (33, 64, 30, 130), 2, "swiglu", reason="an odd total width")
+    inputs = [inputs_for(case, torch.bfloat16, "cuda", seed=seed) for seed in range(3)]
+    check_repeated(inputs, "hopper", repeats, monkeypatch)
 
 
 def test_the_whole_layer_is_repeated(device: str, repeats: list[None]) -> None:

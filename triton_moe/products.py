@@ -65,6 +65,7 @@ def products(
     routing, parts = make_routing(ids, layout, backend), 2 if gated else 1
     rows = int(routing.read_ragged_numel())
     pre, act = normal(parts * rows), normal(rows)
+    grouped_gemm_up_fwd(x, w1, w3, act, pre, routing, activation)  # for the zeros behind odd widths
     y, dx_rows = (x.new_zeros(T * K, H) for _ in range(2))
     kept_pre, kept_act, dpre = torch.zeros_like(pre), torch.zeros_like(act), torch.zeros_like(pre)
     dw1, dw2, dw3 = torch.zeros_like(w1), torch.zeros_like(w2), None if w3 is None else torch.zeros_like(w1)

@@ -59,7 +59,7 @@ def kernels_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
         return {"decode_up_gated" if is_gated(shape.activation) else "decode_up": "up", "decode_down": "down"}
     gated = ("up", "dh") if is_gated(shape.activation) else ()
     names = {f"{kernel}_gated" if kernel in gated else kernel: product for kernel, product in PRODUCTS.items()}
-    if fits(shape.layout, shape.hidden_size, dtype, device):
+    if fits(shape.hidden_size, dtype, device):
         names |= {f"hopper_{'up' if name == 'up_gated' else name}": product for name, product in names.items()}
     return names
 

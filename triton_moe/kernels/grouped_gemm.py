@@ -193,9 +193,9 @@ def grouped_gemm_down_fwd(
     """`y (R, H)` = a w of every routed row, plus `b (E, H)`; with `w_up` a has two parts, `y = a_gate w + a_up w_up`.
 
     a is a ragged buffer, w and w_up `(S, H)` of any strides (w1 and w3 transposed give the gradient of x's rows).
-    `finite`: what a holds past the widths cannot be NaN or infinite; loads are wider then.
+    `finite`: what a holds past the widths is what `up` or `dh` left there, zeros; loads are wider then.
     """
-    if b is None and hopper.takes(routing, w.t(), None if w_up is None else w_up.t()):
+    if finite and b is None and hopper.takes(routing, w.t(), None if w_up is None else w_up.t()):
         hopper.down_fwd(a, w, w_up, y, routing)
         return
     hidden_size = w.shape[1]

@@ -104,7 +104,7 @@ def finish_dh(
             if GATED:
                 copy_rows(up_in, after + pitch, stride, num_rows, cols_after)
             async_copy.commit_group()
-            if not EVEN and not GATED:  # past the width a gated gradient is 0 as the pre-activation is
+            if not EVEN and not GATED:  # past the width a gated gradient is 0, as pre-activation and activation are
                 p0 = within(p0, width - col - at)
             cols = DH_PIECE_N if EVEN else num_cols - at
             product = act * up

@@ -38,7 +38,7 @@ assert INTERPRETED or 2 * HALF_M.value == BLOCK_M
 
 
 @functools.lru_cache(maxsize=256)
-def fits(layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+def fits(hidden_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels exist for a layer: compute capability 9.0, 16 bits, H a multiple of 64."""
     return (
         not INTERPRETED
@@ -63,16 +63,17 @@ def _in_boxes(w: Tensor, layout: ExpertLayout) -> bool:
 
 def takes(routing: Routing, *weights: Tensor | None) -> bool:
     """Whether a product of these weights `(H, S)`, or for them, runs here: there are rows, and that was asked for; or
-    the choice is ours, the product is large, and large beside a copy of the weights if they need one (`_boxable`)."""
+    the choice is ours, the product is large, and no weights need a copy (`_boxable`) but those that get one elsewhere
+    too (`loadable`)."""
     first, layout, num_rows = weights[0], routing.layout, routing.num_rows
     assert first is not None
-    if routing.backend != "hopper" and (
-        routing.backend != "auto"
-        or num_rows * first.numel() < _WORTH_IT * layout.num_experts
-        or not (is_worth_a_copy(routing) or all(w is None or _in_boxes(w, layout) for w in weights))
-    ):
-        return False
-    return num_rows > 0 and fits(layout, first.numel() // layout.total_width, first.dtype, first.device)
+    if routing.backend != "hopper":
+        if routing.backend != "auto" or num_rows * first.numel() < _WORTH_IT * layout.num_experts:
+            return False
+        copied = not divides_widths(ROW_ALIGNMENT, layout) and is_worth_a_copy(routing)
+        if not copied and not all(w is None or _in_boxes(w, layout) for w in weights):
+            return False
+    return num_rows > 0 and fits(first.numel() // layout.total_width, first.dtype, first.device)
 
 
 def _straight(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ BLOCK_K = gl.constexpr(64)
 HALF_M = gl.constexpr(64)
 """Rows of a consumer."""
 PIECE_N = gl.constexpr(64)
-"""Columns that a consumer finishes at a time: never of two experts, nor of gate and up."""
+"""Columns that a consumer finishes at a time: never of two experts, unless past one's width, nor of gate and up."""
 PRODUCER_THREADS = gl.constexpr(128)
 
 THREADS_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
