@@ -53,13 +53,18 @@ def newest(rows: Rows) -> Rows:
     return [row for row in rows if run_of(row) == run_of(rows[-1])]
 
 
+def command_of(row: dict[str, str]) -> tuple[str, ...]:
+    """What tells commands of one day and commit apart: the yardsticks, which each of them measures for itself."""
+    return *run_of(row), row.get("cublas_8192_tflops", ""), row.get("torch_add_us", "")
+
+
 def newest_of_each_case(rows: Rows, contestants: Collection[str]) -> list[Rows]:
-    """Of each case the rows of the last run that had all these contestants: ratios come from one run."""
-    runs: dict[str, dict[tuple[str, str, str], dict[str, dict[str, str]]]] = {}
+    """Of each case the rows of the last command that had all these contestants: ratios come from one run."""
+    runs: dict[str, dict[tuple[str, ...], dict[str, dict[str, str]]]] = {}
     for row in rows:
         contestant = row.get("contestant", "")
         if contestant in contestants:
-            runs.setdefault(row["case"], {}).setdefault(run_of(row), {})[contestant] = row
+            runs.setdefault(row["case"], {}).setdefault(command_of(row), {})[contestant] = row
     complete = [[run for run in of_case.values() if len(run) == len(contestants)] for of_case in runs.values()]
     return [list(of_case[-1].values()) for of_case in complete if of_case]
 

@@ -153,6 +153,12 @@ def test_ratios_come_from_one_run() -> None:
     assert table.markdown().endswith("| triton_moe2 / s | grouped_mm2 / s |")
 
 
+def test_commands_of_one_day_and_commit_are_told_apart() -> None:
+    first = [timed("stk", "2", "4"), timed("triton_moe", "1", "2")]
+    again = timed("triton_moe", "3", "6", torch_add_us="10")
+    assert tables.newest_of_each_case([*first, again], ("stk", "triton_moe")) == [first]
+
+
 def test_a_readme_without_the_part_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^document: expected one part between .*, got 0"):
         report.with_measured("# Nothing measured", [])
