@@ -40,7 +40,8 @@ for kernel in busy_time.KERNELS:
 
 def test_the_clock_compiles_around_each_kernel() -> None:
     benchmarks = Path(busy_time.__file__).parent
-    compiled = compiled_by(f"sys.path.insert(0, {str(benchmarks)!r})\n{PROGRAM}", 90)
+    of_operands, *compiled = compiled_by(f"sys.path.insert(0, {str(benchmarks)!r})\n{PROGRAM}", 90)
+    assert of_operands == ["grouped_gemm_up_fwd_kernel", 0, 0, True]
     assert compiled == [["timed_kernel", 2, 1, True]] * len(busy_time.KERNELS)
 
 

@@ -51,7 +51,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GPU, and an ncu that writes what is in this folder for a backend and then runs `end`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr("triton_moe.kernels.hopper.launch.fits", lambda layout, hidden, dtype, device: hidden % 64 == 0)
+    monkeypatch.setattr("triton_moe.kernels.hopper.launch.fits", lambda hidden, dtype, device: hidden % 64 == 0)
     tool = tmp_path / "ncu"
     tool.write_text(STAND_IN)
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
