@@ -111,4 +111,4 @@ def test_import_is_light() -> None:
 
 def test_files_stay_small() -> None:
     for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
-        assert len(path.read_text().splitlines()) <= 500, path
+        assert len(path.read_text().splitlines()) <= (400 if path.name == "train_gpt.py" else 500), path

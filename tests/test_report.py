@@ -159,6 +159,15 @@ def test_commands_of_one_day_and_commit_are_told_apart() -> None:
     assert tables.newest_of_each_case([*first, again], ("stk", "triton_moe")) == [first]
 
 
+def test_both_layouts_of_a_pair_are_of_one_command() -> None:
+    def of(case: str, rate: str, **changed: str) -> dict[str, str]:
+        return timed("triton_moe", "1", "2", **{"case": case, "forward_tflops": rate, "step_tflops": rate, **changed})
+
+    rows = [of("128x256", "100"), of("32x384_64x256_32x128", "90"), of("128x256", "200", torch_add_us="10")]
+    (table,) = tables.widths(rows)
+    assert table.body[0][-1] == "90% / 90%"
+
+
 def test_a_readme_without_the_part_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^document: expected one part between .*, got 0"):
         report.with_measured("# Nothing measured", [])
