@@ -284,13 +284,24 @@ def validation(rows: Rows) -> list[Table]:
     rows = newest(rows)
     caption = (
         f"Two GPTs trained on the same real text from the same weights, one with this project's layers, one with the "
-        f"reference's: the largest difference of their losses in the first 100 steps, in nats, and what rounding "
-        f"alone makes of it; the correlation of all losses ({CLAIMED_CORRELATION}); held-out losses "
-        f"({machine(rows[-1])}; `validate_training.csv`)."
+        f"reference's: how many of the first 100 steps can be compared, until a tie of two experts parts them; the "
+        f"largest difference of their losses there, in nats, and what rounding alone makes of it; the correlation of "
+        f"all losses ({CLAIMED_CORRELATION}); held-out losses ({machine(rows[-1])}; `validate_training.csv`)."
     )
-    columns = ("baseline", "seed", "steps", "first_steps_difference", "rounding_difference", "correlation",
-               "our_held_out_loss", "baseline_held_out_loss", "result")  # fmt: skip
-    header = ("reference", "seed", "steps", "difference", "of rounding", "correlation", "ours", "its", "result")
+    columns = ("baseline", "seed", "steps", "compared_steps", "first_steps_difference", "rounding_difference",
+               "correlation", "our_held_out_loss", "baseline_held_out_loss", "result")  # fmt: skip
+    header = (
+        "reference",
+        "seed",
+        "steps",
+        "compared",
+        "difference",
+        "of rounding",
+        "correlation",
+        "ours",
+        "its",
+        "result",
+    )
     return [Table(caption, header, [[row[column] for column in columns] for row in rows])]
 
 

@@ -7,11 +7,13 @@ Prints PASSED, or FAILED and what failed, and then exits with 1. What must hold,
 
 - the losses of one seed agree step by step over the first 100 steps, within `FACTOR` times what the rounding of the
   initial weights alone changes (a twin of our run, from weights moved by a unit roundoff), and a few roundings of a
-  loss;
+  loss. Where two experts' scores tie but for rounding, two right runs may choose differently, and from there on they
+  are two runs: losses are compared up to that step, at which the scores must agree as closely as before, and 100 such
+  steps there must be, of all seeds together;
 - on the inputs of each MoE layer at the second step (the head starts at zero, so that no gradient reaches the experts
   in the first), output and every gradient pass the gate of gate.py, ours and the baseline's;
-- the loss curves correlate at least by 0.9999, and the seeds' mean held-out loss differs by no more than seeds do
-  (if by more, every row is a failure).
+- the loss curves correlate at least by 0.9999 as far as both choose the same experts, and the seeds' mean held-out
+  loss differs by no more than seeds do (if by more, every row is a failure).
 
 The last two alone prove little: a model whose experts get garbage for gradients learns nearly as well.
 """
@@ -72,6 +74,8 @@ QUICK_CONFIG = TrainConfig(
 class Run:
     losses: Tensor
     """(steps) fp64, nats a byte"""
+    logits: Tensor
+    """(steps, MoE layers, T, E), the routers'"""
     held_out: float
 
 
@@ -80,8 +84,19 @@ def start(config: TrainConfig, corpus: Corpus, device: torch.device, mlp: MLPFac
 
 
 def finish(trainer: Trainer, steps: int) -> Run:
+    logits: list[Tensor] = []
+
+    def record(layer: torch.nn.Module, args: tuple[Tensor]) -> None:
+        with torch.no_grad():
+            logits.append(args[0].flatten(0, -2) @ layer.get_parameter("router.weight").t())
+
+    layers = [module for module in trainer.model.modules() if hasattr(module, "router")]
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
     losses = torch.stack([trainer.step() for _ in range(steps)]).double().cpu()
-    return Run(losses, trainer.loss_on(windows(trainer.corpus.held_out, trainer.config.context)))
+    for handle in handles:
+        handle.remove()
+    held_out = trainer.loss_on(windows(trainer.corpus.held_out, trainer.config.context))
+    return Run(losses, torch.stack(logits).unflatten(0, (steps, len(layers))).cpu(), held_out)
 
 
 def perturb(trainer: Trainer, roundoff: float) -> Trainer:
@@ -129,14 +144,35 @@ def layer_gradients(trainer: Trainer, baseline: str) -> tuple[dict[str, float], 
     return errors, faults
 
 
-def compare(ours: Run, theirs: Run, twin: Run, seed: int) -> tuple[dict[str, float], list[str]]:
+def same_choices(one: Run, other: Run, top_k: int) -> tuple[int, Tensor]:
+    """-> how many steps both choose the same experts from the first on; in each of these, and in one more if there is
+    one, the largest difference of a router's logits. In that one only layers up to the first that chose others count.
+    """
+    steps = min(len(one.losses), len(other.losses))
+    a, b = one.logits[:steps], other.logits[:steps]
+    chosen = (logits.topk(top_k).indices.sort().values for logits in (a, b))
+    parted = torch.ne(*chosen).flatten(2).any(2)
+    before = parted.int().cumsum(1) - parted.int() == 0
+    apart = ((a - b).abs().amax((2, 3)) * before).amax(1).double()
+    same = int(parted.any(1).int().cumsum(0).eq(0).sum())
+    return same, apart[: same + 1]
+
+
+def compare(ours: Run, theirs: Run, twin: Run, top_k: int, seed: int) -> tuple[dict[str, float], list[str]]:
     """The columns of one seed, and what failed in it."""
-    loss_rounding = 8 * torch.finfo(torch.float32).eps * float(ours.losses.max())
-    head = ours.losses[:COMPARED_STEPS]
-    first, twin_first = ((run.losses[:COMPARED_STEPS] - head).abs() for run in (theirs, twin))
-    allowed = FACTOR * float(twin_first.max()) + loss_rounding
-    correlation = float(torch.corrcoef(torch.stack([ours.losses, theirs.losses]))[0, 1])
+    rounding = 8 * torch.finfo(torch.float32).eps
+    same, apart = same_choices(ours, theirs, top_k)
+    twin_same, twin_apart = same_choices(ours, twin, top_k)
+    compared, of_twin = min(same, COMPARED_STEPS), min(twin_same, COMPARED_STEPS)
+    first = (theirs.losses - ours.losses)[:compared].abs()
+    twin_first = (twin.losses[:of_twin] - ours.losses[:of_twin]).abs()
+    allowed = FACTOR * float(twin_first.max()) + rounding * float(ours.losses.max())
+    correlation, of_same = (
+        float(torch.corrcoef(torch.stack([run.losses[:steps] for run in (ours, theirs)]))[0, 1])
+        for steps in (None, same)
+    )
     columns = {
+        "compared_steps": compared,
         "first_steps_difference": float(first.max()),
         "rounding_difference": float(twin_first.max()),
         "correlation": correlation,
@@ -147,8 +183,16 @@ def compare(ours: Run, theirs: Run, twin: Run, seed: int) -> tuple[dict[str, flo
     if not float(first.max()) <= allowed:
         step = int(first.argmax())
         faults.append(f"losses of seed {seed}: {float(first.max()):.3g} apart at step {step}, allowed {allowed:.3g}")
-    if not correlation >= LEAST_CORRELATION:
-        faults.append(f"correlation of seed {seed}: {correlation:.6f}, less than {LEAST_CORRELATION}")
+    if compared < min(len(ours.losses), COMPARED_STEPS):
+        known = max(float(twin_apart[:of_twin].max()), float(apart[:same].max()))
+        allowed = FACTOR * known + rounding * float(ours.logits.abs().max())
+        if not float(apart[same]) <= allowed:
+            faults.append(
+                f"scores of seed {seed}: {float(apart[same]):.3g} apart at step {same}, where other experts were "
+                f"chosen, allowed {allowed:.3g}"
+            )
+    if not of_same >= LEAST_CORRELATION:
+        faults.append(f"correlation of seed {seed}: {of_same:.6f}, less than {LEAST_CORRELATION}")
     return columns, faults
 
 
@@ -190,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(str(reason))
         ours = finish(start(of_seed, corpus, device, MoEMLP), config.steps)
         twin = finish(perturb(start(of_seed, corpus, device, MoEMLP), roundoff), min(COMPARED_STEPS, config.steps))
-        columns, of_losses = compare(ours, theirs, twin, seed)
+        columns, of_losses = compare(ours, theirs, twin, config.num_active_experts, seed)
         errors, of_gradients = layer_gradients(start(of_seed, corpus, device, MoEMLP), args.baseline)
         faults += of_losses + of_gradients
         row = {"baseline": args.baseline, "seed": seed, "steps": config.steps, **columns, **errors}
@@ -204,6 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not abs(difference) <= spread or not math.isfinite(difference):
         faults.append(f"held-out losses: {abs(difference):.3g} apart in the mean, seeds {spread:.3g}")
         rows = [{**row, "result": "fail"} for row in rows]  # a fault of all seeds together
+    compared, least = sum(row["compared_steps"] for row in rows), min(COMPARED_STEPS, config.steps)
+    if compared < least:
+        faults.append(f"compared steps: expected {least} of all seeds together, got {compared}")
+        rows = [{**row, "result": "fail"} for row in rows]
     append(path, [{**row, **provenance(device)} for row in rows])
     print(f"Rows went to {path}.\n" + "\n".join(faults))
     print("FAILED" if faults else "PASSED")
