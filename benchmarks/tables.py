@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,11 @@ def newest_of_each_case(rows: Rows, contestants: Collection[str]) -> list[Rows]:
             runs.setdefault(row["case"], {}).setdefault(command_of(row), {})[contestant] = row
     complete = [[run for run in of_case.values() if len(run) == len(contestants)] for of_case in runs.values()]
     return [list(of_case[-1].values()) for of_case in complete if of_case]
+
+
+def of_columns(caption: str, rows: Rows, columns: Mapping[str, str]) -> Table:
+    """Rows as they are: the columns to show, and their headings."""
+    return Table(caption, tuple(columns.values()), [[row[column] for column in columns] for row in rows])
 
 
 def machine(row: dict[str, str]) -> str:
@@ -218,8 +223,7 @@ def decode(rows: Rows) -> list[Table]:
         f"({machines(rows)}; a copy ran at {rows[-1]['copy_TBps']} TB/s; `bench_decode.csv`)."
     )
     columns = {"T": "T", "chosen_MB": "MB", "graph_us": "graph", "TBps": "TB/s", "of_copy": "of a copy's"}
-    columns |= {"eager_us": "eager", "loop_us": "loop"}
-    return [Table(caption, tuple(columns.values()), [[row[column] for column in columns] for row in rows])]
+    return [of_columns(caption, rows, columns | {"eager_us": "eager", "loop_us": "loop"})]
 
 
 def accuracy(rows: Rows) -> list[Table]:
@@ -288,21 +292,10 @@ def validation(rows: Rows) -> list[Table]:
         f"largest difference of their losses there, in nats, and what rounding alone makes of it; the correlation of "
         f"all losses ({CLAIMED_CORRELATION}); held-out losses ({machine(rows[-1])}; `validate_training.csv`)."
     )
-    columns = ("baseline", "seed", "steps", "compared_steps", "first_steps_difference", "rounding_difference",
-               "correlation", "our_held_out_loss", "baseline_held_out_loss", "result")  # fmt: skip
-    header = (
-        "reference",
-        "seed",
-        "steps",
-        "compared",
-        "difference",
-        "of rounding",
-        "correlation",
-        "ours",
-        "its",
-        "result",
-    )
-    return [Table(caption, header, [[row[column] for column in columns] for row in rows])]
+    columns = {"baseline": "reference", "seed": "seed", "steps": "steps", "compared_steps": "compared"}
+    columns |= {"first_steps_difference": "difference", "rounding_difference": "of rounding"}
+    columns |= {"correlation": "correlation", "our_held_out_loss": "ours", "baseline_held_out_loss": "its"}
+    return [of_columns(caption, rows, columns | {"result": "result"})]
 
 
 def experiments(rows: Rows) -> list[Table]:
