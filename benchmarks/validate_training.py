@@ -1,7 +1,6 @@
 """Train a small GPT twice from the same weights on the same text, with our MoE layers and with the block-sparse ones.
 
     python benchmarks/validate_training.py
-    python benchmarks/validate_training.py --baseline stk    # on its own kernels, where a GPU is there
 
 Prints PASSED, or FAILED and what failed, and then exits with 1. What must hold, in fp32:
 
@@ -16,6 +15,9 @@ Prints PASSED, or FAILED and what failed, and then exits with 1. What must hold,
   loss differs by no more than seeds do (if by more, every row is a failure).
 
 The last two alone prove little: a model whose experts get garbage for gradients learns nearly as well.
+
+The baseline is the one in plain PyTorch. stk's kernels multiply fp32 as tf32, cut off instead of rounded, so runs on
+them are other runs within a dozen steps; tests/test_block_sparse.py holds them to the plain one in 16 bits.
 """
 
 from __future__ import annotations
@@ -31,12 +33,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from baselines import block_sparse_module, stk_module
+from baselines import block_sparse_module
 from cases import BenchCase
 from contestants import CONTESTANTS
 from gate import Gate, outcome
 from gradients import relative_error
-from layers import CannotRun
 from results import append, folder, provenance, text
 from torch import Tensor
 
@@ -49,8 +50,6 @@ from triton_moe.train.trainer import Trainer
 BASELINES: dict[str, MLPFactory] = {
     "block_sparse": block_sparse_module,
     "block_sparse_historical": partial(block_sparse_module, historical=True),
-    "stk": stk_module,
-    "stk_historical": partial(stk_module, historical=True),
 }
 OURS = "triton_moe"
 COMPARED_STEPS = 100
@@ -59,8 +58,7 @@ LEAST_SEEDS = 3
 """Without --quick: fewer say too little."""
 FACTOR = 10.0
 LEAST_CORRELATION = 0.9999
-UNIT_ROUNDOFF = {"block_sparse": 2.0**-24, "stk": 2.0**-11}
-"""Of the products: fp32, and tf32, which stk's kernels use in fp32; beside stk, all the others may use it too."""
+UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2
 
 CONFIG = TrainConfig(
     expert_sizes=((4, 256), (4, 128)), hidden_size=128, num_layers=2, num_heads=4, context=64, batch_size=8, steps=500
@@ -99,12 +97,12 @@ def finish(trainer: Trainer, steps: int) -> Run:
     return Run(losses, torch.stack(logits).unflatten(0, (steps, len(layers))).cpu(), held_out)
 
 
-def perturb(trainer: Trainer, roundoff: float) -> Trainer:
+def perturb(trainer: Trainer) -> Trainer:
     """Move each weight by a random multiple of its unit roundoff."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in trainer.model.parameters():
-            weight.mul_(1 + roundoff * torch.randn(weight.shape, generator=generator).to(weight.device))
+            weight.mul_(1 + UNIT_ROUNDOFF * torch.randn(weight.shape, generator=generator).to(weight.device))
     return trainer
 
 
@@ -216,24 +214,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = dataclasses.replace(config, steps=_at_least(parser, "--steps", args.steps, config.steps, least_steps))
     seeds = _at_least(parser, "--seeds", args.seeds, least_seeds, least_seeds)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.baseline.startswith("stk") and device.type != "cuda":
-        parser.error(f"--baseline: expected one that runs without a CUDA device, got {args.baseline}")
     path = folder(args.out, quick=args.quick, device=device) / "validate_training.csv"
     corpus, mlp = Corpus.load(args.data), BASELINES[args.baseline]
-    roundoff = UNIT_ROUNDOFF[args.baseline.removesuffix("_historical")]
-    if args.baseline.startswith("stk"):
-        torch.set_float32_matmul_precision("high")
     print(f"{OURS} and {args.baseline}, {config.steps} steps, {seeds} seeds, fp32, on {corpus.source}", flush=True)
 
     rows, faults = [], []
     for seed in range(seeds):
         of_seed = dataclasses.replace(config, seed=seed)
-        try:
-            theirs = finish(start(of_seed, corpus, device, mlp), config.steps)
-        except CannotRun as reason:
-            parser.error(str(reason))
+        theirs = finish(start(of_seed, corpus, device, mlp), config.steps)
         ours = finish(start(of_seed, corpus, device, MoEMLP), config.steps)
-        twin = finish(perturb(start(of_seed, corpus, device, MoEMLP), roundoff), min(COMPARED_STEPS, config.steps))
+        twin = finish(perturb(start(of_seed, corpus, device, MoEMLP)), min(COMPARED_STEPS, config.steps))
         columns, of_losses = compare(ours, theirs, twin, config.num_active_experts, seed)
         errors, of_gradients = layer_gradients(start(of_seed, corpus, device, MoEMLP), args.baseline)
         faults += of_losses + of_gradients

@@ -45,6 +45,21 @@ def test_every_activation(activation: str, bias: bool, device: str, dtype: torch
         check_against_oracle(kernels, inputs_for(case, dtype, device))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_tf32_where_it_is_allowed(activation: str) -> None:
+    """As far from the truth as PyTorch, which is allowed the same, and farther than fp32."""
+    inputs = inputs_for(Case(512, 256, (128, 384, 0, 256), 2, activation, reason="tf32"), torch.float32, "cuda")
+    exact = check_against_oracle(kernels, inputs)
+    torch.set_float32_matmul_precision("high")
+    try:
+        allowed = check_against_oracle(kernels, inputs)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name in ("out", "dx", "dw1", "dw2"):
+        assert allowed[name][0] > 100 * exact[name][0], name
+
+
 def test_gradient_of_narrow_weights_is_narrow(device: str, dtype: torch.dtype) -> None:
     case = Case(21, 24, (16, 5, 0, 33), 3, "swiglu", reason="weights in x's dtype")
     inputs = inputs_for(case, dtype, device, weights_dtype=dtype)

@@ -26,12 +26,14 @@ config.capability = lambda device: divmod(capability, 10)
 def empty(*shape):
     return torch.zeros(*shape, dtype=dtype, requires_grad=True)
 
-for dtype, activation, widths, H in (
-    (torch.bfloat16, "swiglu", (256, 512), 768),
-    (torch.bfloat16, "swiglu", (251, 300, 133), 768),
-    (torch.bfloat16, "gelu", (256, 100, 0), 100),
-    (torch.float32, "swiglu", (256,), 64),
+for dtype, activation, widths, H, precision in (
+    (torch.bfloat16, "swiglu", (256, 512), 768, "highest"),
+    (torch.bfloat16, "swiglu", (251, 300, 133), 768, "highest"),
+    (torch.bfloat16, "gelu", (256, 100, 0), 100, "highest"),
+    (torch.float32, "swiglu", (256,), 64, "highest"),
+    (torch.float32, "swiglu", (256,), 64, "high"),  # allows tf32
 ):
+    torch.set_float32_matmul_precision(precision)
     layout, gated, odd_widths = ExpertLayout(widths), activation == "swiglu", widths[0] == 251
     S = layout.total_width
     x, w1, w2, w3 = empty(64, H), empty(H, S), empty(S, H), empty(H, S)

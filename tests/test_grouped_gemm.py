@@ -1,13 +1,18 @@
 """grouped_gemm_up and grouped_gemm_down against the oracle, each alone and composed, in either weight orientation."""
 
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from operators import check_operator, inputs_for, routings, unit
 from triton_moe import functional, reference
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.kernels import config, grouped_gemm_down_autograd, grouped_gemm_up_autograd, scatter_autograd
+from triton_moe.kernels.tiles import as_tf32
 from triton_moe.layout import Routing
 from triton_moe.testing import CASES, Case, Inputs, check_against_oracle
 
@@ -78,6 +83,28 @@ def test_sums_of_fp32(capability: tuple[int, int], device: str, monkeypatch: pyt
         exact = (x[slots // routing.top_k].double() @ w1[:, columns].double()).float()
         error = (routing.ragged_block(sums, e) - exact).abs().max()
         assert error <= (0 if capability == (8, 0) else 2e-5)
+
+
+@triton.jit
+def as_tf32_kernel(x, rounded, N: tl.constexpr):
+    places = tl.arange(0, N)
+    tl.store(rounded + places, as_tf32(tl.load(x + places)))
+
+
+def test_rounding_to_tf32(device: str) -> None:
+    """To the nearest of 11 bits, where dropping bits would err twice as much and always towards zero."""
+    special = torch.tensor([0.0, -0.0, 1 + 2.0**-11, -1 - 3 * 2.0**-11, math.inf, -math.inf, math.nan, 1e-40])
+    all_ones = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)  # NaN, as GPUs make them
+    numbers = torch.randn(1014, generator=torch.Generator().manual_seed(0)).exp2() * 3
+    x = torch.cat([special, all_ones, numbers]).to(device)
+    rounded = torch.empty_like(x)
+    as_tf32_kernel[(1,)](x, rounded, 1024)
+    assert rounded[:4].tolist() == [0.0, -0.0, 1 + 2.0**-10, -1 - 2.0**-9]
+    assert torch.equal(rounded[4:6], x[4:6])
+    assert rounded[[6, 8, 9]].isnan().all()
+    assert abs(rounded[7]) <= 2e-40
+    mantissa, exponent = torch.frexp(numbers.double())
+    assert torch.equal(rounded[10:].cpu().double(), torch.ldexp((mantissa * 2**11 + 0.5).floor(), exponent - 11))
 
 
 def test_transposed_weights(device: str, dtype: torch.dtype) -> None:

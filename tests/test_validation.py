@@ -123,7 +123,6 @@ def test_runs_are_compared_until_a_tie_parts_them(
         (["--seeds", "2"], "--seeds: expected 3 or more, got 2"),
         (["--quick", "--steps", "1"], "--steps: expected 2 or more, got 1"),
         (["--quick", "--seeds", "1"], "--seeds: expected 2 or more, got 1"),
-        (["--baseline", "stk"], "--baseline: expected one that runs without a CUDA device, got stk"),
     ],
 )
 def test_what_validates_nothing_is_refused(
@@ -133,18 +132,6 @@ def test_what_validates_nothing_is_refused(
         validate_training.main([*arguments, "--data", str(text), "--out", str(tmp_path)])
     assert f"error: {message}\n" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.csv"))
-
-
-def test_a_baseline_that_cannot_run_is_named(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(config: MoEConfig) -> torch.nn.Module:
-        raise CannotRun("Its package is not installed.")
-
-    monkeypatch.setitem(validate_training.BASELINES, "block_sparse", missing)
-    with pytest.raises(SystemExit):
-        validate_training.main(["--quick", "--data", str(text), "--out", str(tmp_path)])
-    assert "error: Its package is not installed.\n" in capsys.readouterr().err
 
 
 def test_gradients(tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INPUT_PRECISION: t
 
 
 @triton.jit
+def as_tf32(x):
+    """x rounded to the 10 bits of fraction that tensor cores read of it. They would drop the others, which errs twice as
+    much, always towards zero. Ties go away from zero; infinities and NaN stay."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def accumulate(acc, lost, a, b, INPUT_PRECISION: tl.constexpr):
     """acc + a b, and what its rounding lost. INPUT_PRECISION: that of `config.input_precision`.
 
@@ -63,6 +71,8 @@ def accumulate(acc, lost, a, b, INPUT_PRECISION: tl.constexpr):
     if INPUT_PRECISION == "fp64":
         return tl.dot(a.to(tl.float64), b.to(tl.float64), acc, out_dtype=tl.float64), lost
     elif a.dtype == tl.float32:
+        if INPUT_PRECISION == "tf32":
+            a, b = as_tf32(a), as_tf32(b)
         part = tl.dot(a, b, input_precision=INPUT_PRECISION) - lost
         total = acc + part
         return total, (total - acc) - part
