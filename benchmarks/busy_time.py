@@ -98,8 +98,8 @@ def measure(name: str, device: torch.device) -> list[dict[str, object]]:
         case.num_tokens, config.hidden_size, layout, config.num_active_experts, config.activation
     )  # fmt: skip
 
-    def routed(ids: Tensor, layout: ExpertLayout, backend: str) -> Routing:
-        packed = route(ids, layout, backend).packed
+    def routed(ids: Tensor, layout: ExpertLayout, panels: bool) -> Routing:
+        packed = route(ids, layout, panels).packed
         assert packed is not None
         return trimmed(packed, ids, layout)
 

@@ -91,7 +91,7 @@ def fitted(given: Draw) -> Draw:
     widths = tuple(step * (width % most) for width in case.widths)
     sizes = {"hidden_size": 64 * (1 + case.hidden_size % 6), "widths": widths if any(widths) else (step, *widths[1:])}
     tokens = case.num_tokens if case.activation in ("relu", "reglu") else 3 * case.num_tokens
-    case = dataclasses.replace(case, **sizes, num_tokens=tokens)
+    case = dataclasses.replace(case, **sizes, num_tokens=tokens, bias=False)
     return dataclasses.replace(given, case=case, dtype=dtype, weights_dtype=weights_dtype)
 
 

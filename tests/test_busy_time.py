@@ -27,7 +27,7 @@ from triton_moe.products import Shape, products
 
 config.capability = lambda device: divmod(capability, 10)
 
-def routed(ids, layout, backend):
+def routed(ids, layout, panels):
     return trimmed(torch.zeros(packed_numel(ids.numel(), layout), dtype=torch.int32), ids, layout)
 
 shape = Shape(64, 128, ExpertLayout((128, 64)), 2, "swiglu")
@@ -51,8 +51,8 @@ def test_by_expert_is_the_same_work_in_another_order(device: str) -> None:
 
     shape = products.Shape(48, 32, ExpertLayout((16, 64, 0, 32)), 2, "swiglu")
 
-    def routed(ids: torch.Tensor, layout: ExpertLayout, backend: str):
-        packed = route(ids, layout, backend).packed
+    def routed(ids: torch.Tensor, layout: ExpertLayout, panels: bool):
+        packed = route(ids, layout, panels).packed
         assert packed is not None
         return trimmed(packed, ids, layout)
 

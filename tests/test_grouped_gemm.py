@@ -98,7 +98,7 @@ def test_rounding_to_tf32(device: str) -> None:
     numbers = torch.randn(1014, generator=torch.Generator().manual_seed(0)).exp2() * 3
     x = torch.cat([special, all_ones, numbers]).to(device)
     rounded = torch.empty_like(x)
-    as_tf32_kernel[(1,)](x, rounded, 1024)
+    as_tf32_kernel[(1,)](x, rounded, N=1024)  # type: ignore[arg-type]
     assert rounded[:4].tolist() == [0.0, -0.0, 1 + 2.0**-10, -1 - 2.0**-9]
     assert torch.equal(rounded[4:6], x[4:6])
     assert rounded[[6, 8, 9]].isnan().all()

@@ -57,11 +57,7 @@ def test_measured_numbers_are_in_the_tables_alone() -> None:
 
 def test_the_prose_agrees_with_the_tables() -> None:
     """What it concludes from them: where it breaks, new rows tell another story, which is to be told."""
-    kernels, orders, memory = tables.guide_of(tables.RESULTS)
-    from_l2 = {line[0]: float(line[-1]) for line in kernels.body if line[-1]}
-    dh = from_l2.pop("dh")
-    assert 1.25 * min(from_l2.values()) > max(from_l2.values()), "all but `dh` are close together"
-    assert dh < min(from_l2.values())
+    _, orders, memory = tables.guide_of(tables.RESULTS)
     gains = {line[0]: float(line[1]) / float(line[2]) for line in orders.body}
     assert gains.pop("down") > 1, "`down` gains little"
     assert all(0.98 < gain <= 1 for gain in gains.values()), "the others nothing"

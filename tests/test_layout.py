@@ -1,5 +1,6 @@
 """ExpertLayout: what it derives from the widths, and that a bad description is named."""
 
+import dataclasses
 import doctest
 import re
 
@@ -83,6 +84,25 @@ def test_sizes_of_a_routing() -> None:
     assert (made.num_tokens, made.top_k, made.num_rows) == (3, 2, 6)
     assert made.ragged_numel() == 6 * 8 + 64 * 3
     assert made.ragged_numel(parts=2) == 2 * made.ragged_numel()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_blocks_of_panels(parts: int) -> None:
+    """Panels of 64 columns of the one part, then of the other, then what is left of each; null experts have nothing."""
+    made = reference.route(torch.tensor([[0, 2], [0, 1], [3, 2], [0, 0]]), ExpertLayout((133, 64, 5, 0)))
+    made = dataclasses.replace(made, panels=True)
+    buffer = torch.arange(made.ragged_numel(parts))
+    for expert, count in enumerate((4, 1, 2, 0)):
+        start, width = parts * int(made.ragged_offsets[expert]), made.layout.widths[expert]
+        whole, rest = divmod(-(-width // 8) * 8, 64)
+        for part in range(parts):
+            block = made.ragged_block(buffer, expert, part, parts)
+            assert block.shape == (count, width)
+            for row in range(count):
+                for col in range(width):
+                    panels = start + ((part * whole + col // 64) * count + row) * 64
+                    left = start + (parts * whole * 64 + part * rest) * count + row * rest
+                    assert block[row, col] == (panels if col < 64 * whole else left) + col % 64
 
 
 @pytest.mark.parametrize("parts", [1, 2])

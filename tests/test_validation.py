@@ -10,9 +10,7 @@ import pytest
 import torch
 import validate_training
 from baselines import moe
-from layers import CannotRun
 
-from triton_moe import MoEConfig
 from triton_moe.train.trainer import Trainer
 
 

@@ -13,10 +13,13 @@ from itertools import accumulate
 from operator import index
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, sym_min
 
 RAGGED_ALIGNMENT = 64
 """Elements to which the start of each expert's block in a ragged buffer is rounded up."""
+PANEL_WIDTH = 64
+"""Columns of a panel (`Routing.panels`): 128 bytes in 16 bits, a line of shared memory."""
 ROW_ALIGNMENT = 8
 """Elements to which a row of a ragged buffer is rounded up: 16 bytes in 16 bits, the widest load of a thread."""
 
@@ -172,6 +175,10 @@ class Routing:
     expert e's block is a `(n_e, parts, row_stride(I_e))` matrix that starts at element `parts * ragged_offsets[e]`.
     What a row holds past `I_e`, and what lies between the blocks, is unspecified.
 
+    With `panels` the block's columns, those of all parts, come in groups of 64 instead, rows within a group one after
+    the other: `row_stride(I_e) // 64` groups of each part, then what is left of each, as narrow as it is. So whatever
+    their widths, all experts' groups together are one matrix of 64 columns.
+
     The kernels' tile schedule, made with the rest (empty when the routing was made without kernels):
 
         row_blocks      (B, 2)  (expert, i) for rows i*block_m ... of that expert, widest experts first, then (-1, -1)
@@ -198,8 +205,8 @@ class Routing:
     """(E)"""
     block_m: int
     """Rows of a row block; 0 without a tile schedule."""
-    backend: str = "auto"
-    """As asked for: the GEMMs over these rows run on the Hopper kernels if it is "hopper"."""
+    panels: bool = False
+    """Whether ragged buffers are made of panels, as the Hopper kernels, and no others, have them."""
     tiles: TileLists | None = None
     """None without a tile schedule."""
     packed: Tensor | None = None
@@ -228,15 +235,24 @@ class Routing:
         return parts * ragged_numel(self.num_rows, self.layout)
 
     def read_ragged_numel(self) -> int:
-        """Elements that a ragged buffer needs for this very routing. Reads one number back from the device."""
-        return int(self.ragged_offsets[self.layout.num_experts])
+        """Elements that a ragged buffer needs for this very routing, some if there are no rows too. Reads one number
+        back from the device."""
+        return max(RAGGED_ALIGNMENT, int(self.ragged_offsets[self.layout.num_experts]))
 
     def ragged_block(self, buffer: Tensor, expert: int, part: int = 0, parts: int = 1) -> Tensor:
-        """Expert's `(n_e, I_e)` view of one part of a ragged buffer. Reads two numbers back from the device."""
+        """Expert's `(n_e, I_e)` view of one part of a ragged buffer, a copy if it is of panels. Reads two numbers back
+        from the device."""
         first, last = self.row_offsets[expert : expert + 2].tolist()
         start = parts * int(self.ragged_offsets[expert])
         rows, width = last - first, self.layout.widths[expert]
         stride = row_stride(width)
+        if self.panels:
+            whole, rest = divmod(stride, PANEL_WIDTH)
+            sizes = parts * whole * rows * PANEL_WIDTH, parts * rows * rest
+            panels, rests = buffer[start : start + sum(sizes)].split(sizes)
+            panels = panels.view(parts, whole, rows, PANEL_WIDTH)[part].transpose(0, 1)
+            columns = panels.reshape(rows, whole * PANEL_WIDTH), rests.view(parts, rows, rest)[part]
+            return torch.cat(columns, 1)[:, :width]
         return buffer[start : start + rows * parts * stride].view(rows, parts, stride)[:, part, :width]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton_moe.activations import is_gated
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
+from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.route import route, trimmed
 from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import ExpertLayout, Routing
@@ -24,12 +25,17 @@ class Product:
     """One kernel with its operands."""
 
     call: Callable[[], object]
-    result: Callable[[], list[Tensor]]
-    """What `call` filled, and it alone."""
+    filled: Callable[[], list[Tensor]]
+    """What `call` filled, and it alone, as it is in memory."""
     gemms: int
     """How many of `2 T K H mean width` operations it stands for."""
     bytes: int
     """What it must at least read and write: each operand once."""
+    read: Callable[[list[Tensor]], list[Tensor]] = list
+    """The same as every backend would have it."""
+
+    def result(self) -> list[Tensor]:
+        return self.read(self.filled())
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Shape:
 
 def products(
     shape: Shape, backend: str, dtype: torch.dtype, device: torch.device,
-    make_routing: Callable[[Tensor, ExpertLayout, str], Routing] = route,
+    make_routing: Callable[[Tensor, ExpertLayout, bool], Routing] = route,
 ) -> dict[str, Product]:  # fmt: skip
     """up, down, dh, dw1 (and dw3), dw2, dx: the products of a training step; its sums over a token's rows; the routing.
 
@@ -62,7 +68,8 @@ def products(
     w3 = normal(H, S) / H**0.5 if gated else None
     ids = torch.rand(T, layout.num_experts, generator=generator, device=device).topk(K).indices.int()
     weights = torch.rand(T, K, generator=generator, device=device)
-    routing, parts = make_routing(ids, layout, backend), 2 if gated else 1
+    panels = hopper.takes(T * K, layout, backend, w1)
+    routing, parts = make_routing(ids, layout, panels), 2 if gated else 1
     rows = int(routing.read_ragged_numel())
     pre, act = normal(parts * rows), normal(rows)
     grouped_gemm_up_fwd(x, w1, w3, act, pre, routing, activation)  # for the zeros behind odd widths
@@ -82,8 +89,13 @@ def products(
     def scatter(name: str, of: Tensor | None) -> Callable[[], None]:
         return lambda: sums.update({name: scatter_fwd(y, of, routing)})
 
+    def in_order(buffer: Tensor, parts: int) -> Tensor:
+        """A ragged buffer's blocks, whatever their form, without what is between."""
+        places = [(e, part) for e in range(layout.num_experts) for part in range(parts)]
+        return torch.cat([routing.ragged_block(buffer, e, part, parts).flatten() for e, part in places])
+
     def route_again() -> None:
-        routed[:] = [route(ids, layout, backend).packed]  # type: ignore[list-item]
+        routed[:] = [route(ids, layout, panels).packed]  # type: ignore[list-item]
 
     def of_route() -> list[Tensor]:
         again = trimmed(routed[0], ids, layout)
@@ -92,16 +104,23 @@ def products(
     # elements: of tokens, rows, weights, the activation (its pre-activation has `parts` times as many)
     t, r, w, a = T * H, T * K * H, S * H, rows
 
-    def product(call: Callable[[], object], result: Callable[[], list[Tensor]], gemms: int, elements: int) -> Product:
-        return Product(call, result, gemms, elements * dtype.itemsize)
+    def product(
+        call: Callable[[], object], filled: Callable[[], list[Tensor]], gemms: int, elements: int,
+        read: Callable[[list[Tensor]], list[Tensor]] = list,
+    ) -> Product:  # fmt: skip
+        return Product(call, filled, gemms, elements * dtype.itemsize, read)
 
     return {
         "up": product(
             lambda: grouped_gemm_up_fwd(x, w1, w3, kept_act, kept_pre, routing, activation),
             lambda: [kept_act, kept_pre], parts, t + parts * w + (parts + 1) * a,
+            lambda of: [in_order(of[0], 1), in_order(of[1], parts)],
         ),
         "down": product(lambda: grouped_gemm_down_fwd(act, w2, None, y, routing), lambda: [y], 1, a + w + r),
-        "dh": product(dh, lambda: [*of_dh, dpre], 1, t + w + (2 * parts + 1) * a),
+        "dh": product(
+            dh, lambda: [*of_dh, dpre], 1, t + w + (2 * parts + 1) * a,
+            lambda of: [in_order(of[0], 1), of[1], in_order(of[2], parts)],
+        ),
         "dw2": product(lambda: grouped_gemm_dw(dout, act, dw2.t(), None, routing), lambda: [dw2], 1, t + a + w),
         "dw1": product(
             lambda: grouped_gemm_dw(x, pre, dw1, dw3, routing), lambda: both, parts, t + parts * (a + w)

@@ -66,7 +66,7 @@ def kernels_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
 
 def _ways(
     kernel: str,
-) -> tuple[str, Callable[[Tensor, ExpertLayout, str], Routing], Sequence[TileConfig | PipelineConfig]]:
+) -> tuple[str, Callable[[Tensor, ExpertLayout, bool], Routing], Sequence[TileConfig | PipelineConfig]]:
     """-> the backend and the routing of `products`, the configurations to try."""
     if kind_of(kernel) is PipelineConfig:
         return "hopper", route, PIPELINES
@@ -92,7 +92,7 @@ def search(
     before = table().get((f"{major_minor[0]}.{major_minor[1]}", kernel)) or table()["any", kernel]
     expected.call()
     truth = [tensor.clone() for tensor in expected.result()]
-    known = dataclasses.replace(expected, call=lambda: None, result=lambda: truth)
+    known = dataclasses.replace(expected, call=lambda: None, filled=lambda: truth, read=list)
     try:
         for config in dict.fromkeys((before, *candidates)):
             configure(kernel, major_minor, config)

@@ -75,7 +75,7 @@ def route_few(topk_ids: Tensor, layout: ExpertLayout) -> Routing:
     """
     ids = topk_ids.contiguous()
     launch, tables = _launcher(layout, ids.device)
-    routing = unpack(empty_packed(ids, layout, few=True), topk_ids, layout, "triton", few=True)
+    routing = unpack(empty_packed(ids, layout, few=True), topk_ids, layout, few=True)
     launch(
         (layout.num_experts,), ids, tables.widths, tables.width_rank, routing.counts, routing.row_offsets,
         routing.expert_order, routing.ragged_offsets, routing.row_blocks, routing.row_to_slot, routing.slot_to_row,

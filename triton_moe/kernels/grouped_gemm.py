@@ -147,7 +147,9 @@ def grouped_gemm_up_fwd(
 
     x is `(T, H)`, or `(R, H)` in expert order if not `gathered`; w1 and w3 `(H, S)` of any strides; b1 and b3 `(S)`.
     """
-    if gathered and b1 is None and b3 is None and hopper.takes(routing, w1, w3):
+    if routing.panels:
+        assert gathered
+        assert b1 is b3 is None
         hopper.up_fwd(x, w1, w3, out, pre, routing, activation)
         return
     x, hidden_size = rows_contiguous(x), x.shape[1]
@@ -195,7 +197,9 @@ def grouped_gemm_down_fwd(
     a is a ragged buffer, w and w_up `(S, H)` of any strides (w1 and w3 transposed give the gradient of x's rows).
     `finite`: what a holds past the widths is what `up` or `dh` left there, zeros; loads are wider then.
     """
-    if finite and b is None and hopper.takes(routing, w.t(), None if w_up is None else w_up.t()):
+    if routing.panels:
+        assert finite
+        assert b is None
         hopper.down_fwd(a, w, w_up, y, routing)
         return
     hidden_size = w.shape[1]

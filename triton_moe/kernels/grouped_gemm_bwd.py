@@ -201,11 +201,12 @@ def grouped_gemm_dh(
 
     That of the pre-activation goes to `dpre` (ragged, as `pre`, which it may be). Returns the weighted activation
     (ragged, one part) and the gradient of the routing weights `(T, K)` in their dtype, to which `b2 (E, H)` adds. Fills
-    `dbias_partial` (`bias.up_bias_partials`), for which there is no Hopper kernel.
+    `dbias_partial` (`bias.up_bias_partials`).
     """
     dout, hidden_size, num_slots = rows_contiguous(dout), dout.shape[1], routing.num_rows
     topk_weights = topk_weights.contiguous()
-    if dbias_partial is None and hopper.takes(routing, w2.t()):
+    if routing.panels:
+        assert b2 is dbias_partial is None
         launch, tables, block_n = None, layout_tables(routing.layout, pre.device), hopper.BLOCK_N
     else:
         launch, tables, block_n = _dh_launcher(
@@ -257,7 +258,8 @@ def grouped_gemm_dw(
     transposed), dw_up has dw's.
     """
     x, hidden_size, parts = rows_contiguous(x), x.shape[1], 1 if dw_up is None else 2
-    if gathered and hopper.takes(routing, dw, dw_up):
+    if routing.panels:
+        assert gathered
         hopper.dw(x, d, dw, dw_up, routing)
         return
     launch, tables, num_tiles_m, num_tiles_n = _dw_launcher(

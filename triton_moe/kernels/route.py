@@ -226,7 +226,7 @@ def empty_packed(ids: Tensor, layout: ExpertLayout, few: bool = False) -> Tensor
 
 
 def _routing(
-    pieces: Sequence, packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, backend: str, few: bool
+    pieces: Sequence, packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, panels: bool, few: bool
 ) -> Routing:
     counts, row_offsets, expert_order, ragged_offsets, row_blocks, row_to_slot, slot_to_row, *of_tiles = pieces
     tiles = None
@@ -235,27 +235,29 @@ def _routing(
         tiles = TileLists(numbers, {128: ragged_128, 256: ragged_256}, {128: weights_128, 256: weights_256})
     return Routing(
         layout, topk_ids, counts, row_offsets, ragged_offsets, row_to_slot, slot_to_row, row_blocks, expert_order,
-        _block_m(few), backend, tiles, packed,
+        _block_m(few), panels, tiles, packed,
     )  # fmt: skip
 
 
 _DTYPES = tuple(torch.int64 if place == _RAGGED_OFFSETS else torch.int32 for place in range(12))
 
 
-def unpack(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto", few: bool = False) -> Routing:
+def unpack(
+    packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, *, panels: bool = False, few: bool = False
+) -> Routing:
     """The routing of `topk_ids`, for kernels: its tensors are `Piece`s of `packed`, a few elements too long."""
     address, first, pieces = packed.data_ptr(), 0, []
     for size, dtype in zip(_known_sizes(topk_ids.numel(), layout, few), _DTYPES, strict=False):
         pieces.append(Piece(packed, first, size, dtype, address + 4 * first))
         first += size
-    return _routing(pieces, packed, topk_ids, layout, backend, few)
+    return _routing(pieces, packed, topk_ids, layout, panels, few)
 
 
-def trimmed(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, few: bool = False) -> Routing:
+def trimmed(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, *, few: bool = False) -> Routing:
     """The routing of `topk_ids` with views of `packed` in the shapes that `Routing` promises."""
     pieces = list(packed.split(_sizes(topk_ids.numel(), layout, few)))
     pieces[_RAGGED_OFFSETS] = pieces[_RAGGED_OFFSETS].view(torch.int64)
-    routing = _routing(pieces, packed, topk_ids, layout, "auto", few)
+    routing = _routing(pieces, packed, topk_ids, layout, False, few)
     num_experts, num_slots, num_blocks = layout.num_experts, routing.num_rows, routing.num_row_blocks
     return dataclasses.replace(
         routing,
@@ -269,7 +271,7 @@ def trimmed(packed: Tensor, topk_ids: Tensor, layout: ExpertLayout, few: bool = 
     )
 
 
-def route(topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Routing:
+def route(topk_ids: Tensor, layout: ExpertLayout, panels: bool = False) -> Routing:
     """`topk_ids (T, K)` int32 or int64 -> `Routing` with the tile schedule, as `unpack` gives it.
 
     Ids outside [0, E) drop their slots.
@@ -279,7 +281,7 @@ def route(topk_ids: Tensor, layout: ExpertLayout, backend: str = "auto") -> Rout
     num_spans = cdiv(num_slots, _SLOTS)
     packed = empty_packed(ids, layout)
     span_counts = packed.new_empty(num_spans * experts)
-    routing = unpack(packed, topk_ids, layout, backend)
+    routing = unpack(packed, topk_ids, layout, panels=panels)
     assert routing.tiles is not None
     numbers, ragged, weights = routing.tiles
     count((num_spans,), ids, span_counts, num_slots)

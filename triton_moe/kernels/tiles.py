@@ -54,8 +54,8 @@ def accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INPUT_PRECISION: t
 
 @triton.jit
 def as_tf32(x):
-    """x rounded to the 10 bits of fraction that tensor cores read of it. They would drop the others, which errs twice as
-    much, always towards zero. Ties go away from zero; infinities and NaN stay."""
+    """x rounded to the 10 bits of fraction that tensor cores read of it. They would drop the others, which errs twice
+    as much, always towards zero. Ties go away from zero; infinities and NaN stay."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == x, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from triton_moe.kernels.config import INTERPRETED, cdiv, divides_widths
 from triton_moe.kernels.launch import Launcher
-from triton_moe.layout import ROW_ALIGNMENT, Routing
+from triton_moe.layout import ROW_ALIGNMENT, ExpertLayout, Routing
 
 
 @triton.jit
@@ -34,9 +34,9 @@ def _launcher() -> Launcher:
     return Launcher(transpose_kernel, BLOCK_H=_BLOCK_H, BLOCK_S=_BLOCK_S, num_warps=4)
 
 
-def is_worth_a_copy(routing: Routing) -> bool:
+def is_worth_a_copy(num_rows: int, layout: ExpertLayout) -> bool:
     """Whether rows are many enough for faster loads of the weights to make up for a copy of them."""
-    return routing.num_rows > _ROWS_WORTH_A_COPY * routing.layout.num_experts
+    return num_rows > _ROWS_WORTH_A_COPY * layout.num_experts
 
 
 def transposed(w: Tensor) -> Tensor:
@@ -51,4 +51,4 @@ def transposed(w: Tensor) -> Tensor:
 def loadable(w: Tensor, routing: Routing) -> Tensor:
     """`w (H, S)` itself, or a copy with H contiguous if experts start where no wide load can, and rows are many."""
     aligned = w.stride(1) != 1 or divides_widths(ROW_ALIGNMENT, routing.layout)
-    return w if aligned or not is_worth_a_copy(routing) else transposed(w)
+    return w if aligned or not is_worth_a_copy(routing.num_rows, routing.layout) else transposed(w)

@@ -32,7 +32,7 @@ def _apart(routing: Routing) -> tuple[Tensor, Tensor, tuple[int, ...]]:
 def _whole(topk_ids: Tensor, packed: Tensor, widths: Sequence[int]) -> Routing:
     """A routing for the portable kernels alone: of the Hopper kernels only one at a time may run on a routing, and who
     holds one may use it on two streams."""
-    return unpack(packed, topk_ids, layout_of(tuple(widths)), "triton")
+    return unpack(packed, topk_ids, layout_of(tuple(widths)))
 
 
 # route

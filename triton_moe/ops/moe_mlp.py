@@ -11,6 +11,7 @@ from triton_moe.kernels.bias import down_bias_bwd, up_bias_bwd, up_bias_partials
 from triton_moe.kernels.decode import is_few, route_few
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
+from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.replay import give_back, replayed
 from triton_moe.kernels.route import packed_numel, route, unpack
 from triton_moe.kernels.scatter import scatter_fwd
@@ -41,8 +42,9 @@ def _inference(
     b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     layout = layout_of(tuple(widths))
-    few = backend != "hopper" and is_few(topk_ids.numel(), layout)
-    routing = route_few(topk_ids, layout) if few else route(topk_ids, layout, backend)
+    panels = hopper.takes(topk_ids.numel(), layout, backend, w1, b1, b2, b3)
+    few = not panels and is_few(topk_ids.numel(), layout)
+    routing = route_few(topk_ids, layout) if few else route(topk_ids, layout, panels)
     act = x.new_empty(routing.read_ragged_numel() if exact and not few else routing.ragged_numel())
     return _output(x, topk_weights, w1, w2, w3, b1, b2, b3, routing, activation, act, None)
 
@@ -62,7 +64,8 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> output `(T, H)`, the pre-activation (ragged; empty unless kept), the packed routing."""
-    routing = route(topk_ids, layout_of(tuple(widths)), backend)
+    layout = layout_of(tuple(widths))
+    routing = route(topk_ids, layout, hopper.takes(topk_ids.numel(), layout, backend, w1, b1, b2, b3))
     size = routing.read_ragged_numel() if exact else routing.ragged_numel()
     pre = x.new_empty(_parts(w3) * size) if keep_pre else None
     act = x.new_empty(size)
@@ -108,7 +111,9 @@ def gradients(
     With `consume_pre` its memory is given back as soon as its gradient is known, and that gradient's before dx exists:
     less at the peak, and nothing left for a second backward.
     """
-    routing = unpack(packed, topk_ids, layout_of(tuple(widths)), backend)
+    layout = layout_of(tuple(widths))
+    panels = hopper.takes(topk_ids.numel(), layout, backend, w1, b1, b2, b3)
+    routing = unpack(packed, topk_ids, layout, panels=panels)
     if not keep_pre:
         pre = x.new_empty(_parts(w3) * (routing.read_ragged_numel() if exact else routing.ragged_numel()))
         grouped_gemm_up_fwd(x, w1, w3, None, pre, routing, activation, b1=b1, b3=b3)

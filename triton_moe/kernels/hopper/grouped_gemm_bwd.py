@@ -8,11 +8,12 @@ from triton.experimental.gluon import language as gl
 
 from triton_moe.kernels.activation import act_bwd, act_fwd
 from triton_moe.kernels.hopper.grouped_gemm import (
+    expert_block,
     locate,
     make_weights_ring,
     num_ragged_tiles,
+    place_of,
     produce,
-    ragged_rows,
     row_stride,
 )
 from triton_moe.kernels.hopper.pipeline import (
@@ -22,6 +23,7 @@ from triton_moe.kernels.hopper.pipeline import (
     PRODUCER_THREADS,
     advance,
     async_copy,
+    copy_box,
     copy_elements,
     copy_rows,
     fence_async_shared,
@@ -46,6 +48,22 @@ DH_PIECE_N = gl.constexpr(32)
 
 
 @gluon.jit
+def copy_columns(buffer, block, rows, part, col, num_cols, PARTS: gl.constexpr, EVEN: gl.constexpr):
+    """Start copying columns of a part from `col` on, of this consumer's `rows` of an expert's block, to `buffer`."""
+    start, num_rows, count, pitch = rows
+    place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
+    copy_rows(buffer, block + place + start.to(gl.int64) * stride, stride, num_rows, num_cols)
+
+
+@gluon.jit
+def store_columns(buffer, tile, block, rows, part, col, num_cols, PARTS: gl.constexpr, EVEN: gl.constexpr):
+    """Store a tile there, by way of `buffer`."""
+    start, num_rows, count, pitch = rows
+    place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
+    store_rows(buffer, tile, block + place + start.to(gl.int64) * stride, stride, num_rows, num_cols)
+
+
+@gluon.jit
 def finish_dh(
     operands,
     HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr,
@@ -64,18 +82,19 @@ def finish_dh(
     tile = first_tile(schedule)
     while tile >= 0:
         expert, width, _, first_row, start, num_rows, col = locate(tile, tables, None, BLOCK_M, BLOCK_N, EVEN)
+        count = start + num_rows
         pitch = row_stride(width, EVEN)
         first_row += HALF * HALF_M
         start += HALF * HALF_M
         num_rows -= HALF * HALF_M
-        stride = PARTS * pitch
-        pre_start = ragged_rows(pre, expert, start, pitch, ragged_offsets, PARTS) + col
-        dpre_start = ragged_rows(dpre, expert, start, pitch, ragged_offsets, PARTS) + col
-        weighted_start = ragged_rows(act_weighted, expert, start, pitch, ragged_offsets, 1) + col
+        pre_block = expert_block(pre, expert, ragged_offsets, PARTS)
+        dpre_block = expert_block(dpre, expert, ragged_offsets, PARTS)
+        weighted_block = expert_block(act_weighted, expert, ragged_offsets, 1)
         num_cols = gl.minimum(pitch - col, BLOCK_N)
-        copy_rows(gate_in, pre_start, stride, num_rows, num_cols)
+        own = (start, num_rows, count, pitch)
+        copy_columns(gate_in, pre_block, own, 0, col, num_cols, PARTS, EVEN)
         if GATED:
-            copy_rows(up_in, pre_start + pitch, stride, num_rows, num_cols)
+            copy_columns(up_in, pre_block, own, 1, col, num_cols, PARTS, EVEN)
         async_copy.commit_group()
         acc, stage, phase = multiply(
             ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
@@ -98,23 +117,22 @@ def finish_dh(
             act = act_fwd(gate, ACTIVATION, True)
             slope = act_bwd(gate, ACTIVATION, True)
             up = up_in.load(layout).to(gl.float32) if GATED else 1.0
-            after = pre_start + at + DH_PIECE_N
-            cols_after = num_cols - at - DH_PIECE_N
-            copy_rows(gate_in, after, stride, num_rows, cols_after)
+            after = at + DH_PIECE_N
+            copy_columns(gate_in, pre_block, own, 0, col + after, num_cols - after, PARTS, EVEN)
             if GATED:
-                copy_rows(up_in, after + pitch, stride, num_rows, cols_after)
+                copy_columns(up_in, pre_block, own, 1, col + after, num_cols - after, PARTS, EVEN)
             async_copy.commit_group()
             if not EVEN and not GATED:  # past the width a gated gradient is 0, as pre-activation and activation are
                 p0 = within(p0, width - col - at)
             cols = DH_PIECE_N if EVEN else num_cols - at
             product = act * up
             dweights += gl.sum(p0 * product, axis=1)
-            store_rows(first_out, product * weight, weighted_start + at, pitch, num_rows, cols)
+            store_columns(first_out, product * weight, weighted_block, own, 0, col + at, cols, 1, EVEN)
             dproduct = p0 * weight
             if GATED:
-                store_rows(second_out, dproduct * act, dpre_start + pitch + at, stride, num_rows, cols)
+                store_columns(second_out, dproduct * act, dpre_block, own, 1, col + at, cols, PARTS, EVEN)
             dgate = dproduct * up * slope
-            store_rows(first_out, dgate, dpre_start + at, stride, num_rows, cols)
+            store_columns(first_out, dgate, dpre_block, own, 0, col + at, cols, PARTS, EVEN)
             p0, p1, p2, p3, p4, p5, p6 = p1, p2, p3, p4, p5, p6, p7
         async_copy.wait_group(0)
         # Loaded again: kept, they would cost registers.
@@ -133,7 +151,7 @@ def grouped_gemm_dh_hopper_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    ring = make_weights_ring(dout.dtype.element_ty, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
+    ring = make_weights_ring(dout.dtype.element_ty, True, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(dout.dtype.element_ty, 8, DH_PIECE_N)
     schedule = make_schedule(numbers + 3, num_ragged_tiles(numbers, BLOCK_N))
     tables = (widths, offsets, row_offsets, tiles)
@@ -141,12 +159,12 @@ def grouped_gemm_dh_hopper_kernel(
         ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot,
         ragged_offsets, num_partials, H,
     )  # fmt: skip
-    producer = (ring, schedule, dout, w2, w2, tables, row_to_slot, ragged_offsets, None, H, stride_dt)
+    producer = (ring, schedule, dout, w2, w2, tables, row_to_slot, H, stride_dt)
     gl.warp_specialize(
         [
             (finish_dh, (consumer, 0, ACTIVATION, GATED, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
             (finish_dh, (consumer, 1, ACTIVATION, GATED, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
-            (produce, (producer, False, 1, TOP_K, B_BY_K, EVEN, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
+            (produce, (producer, TOP_K, B_BY_K, EVEN, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -196,61 +214,81 @@ def produce_dw(
     PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt = operands
+    ring, x, d, panels, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt = operands
     a_tiles, b_tiles, ready, empty = ring
     X_COLUMNS: gl.constexpr = BLOCK_N if RAGGED_M else BLOCK_M
     D_COLUMNS: gl.constexpr = BLOCK_M if RAGGED_M else BLOCK_N
-    x_layout: gl.constexpr = wide_layout(X_COLUMNS)
-    d_layout: gl.constexpr = wide_layout(D_COLUMNS)
-    x_rows = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, x_layout))
-    x_cols = gl.arange(0, X_COLUMNS, layout=gl.SliceLayout(0, x_layout))
-    d_rows = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, d_layout))
-    d_cols = gl.arange(0, D_COLUMNS, layout=gl.SliceLayout(0, d_layout))
+    layout: gl.constexpr = wide_layout(X_COLUMNS)
+    rows = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, X_COLUMNS, layout=gl.SliceLayout(0, layout))
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, width, _, first_row, num_rows, hidden, inner = locate_dw(
             tile, tables, num_tiles_h, PARTS, RAGGED_M, EVEN, BLOCK_M, BLOCK_N
         )
-        pitch = row_stride(width, EVEN)
-        x_inside = (x_cols // 8 < (H - hidden) // 8)[None, :]
-        d_start = d + PARTS * gl.load(ragged_offsets + expert)
+        offset = PARTS * gl.load(ragged_offsets + expert)
         if EVEN:
-            d_inside = (d_cols // 8 < (PARTS * width - inner) // 8)[None, :]
-            d_start += inner
-            d_places = d_cols
+            line = (offset // PIECE_N).to(gl.int32) + inner // PIECE_N * num_rows
         else:
-            eighths = part_span(width, EVEN) // 8
-            eighth = inner // 8 + d_cols // 8
-            part = eighth // eighths
-            in_part = eighth - part * eighths
-            d_inside = ((in_part < pitch // 8) & (part < PARTS))[None, :]
-            d_places = part * pitch + in_part * 8 + d_cols % 8
+            columns = columns_of_parts(d + offset, inner, width, num_rows, D_COLUMNS, PARTS, EVEN)
+        inside = (cols // 8 < (H - hidden) // 8)[None, :]
         # Asked for two steps ahead and before the wait for a stage: the producer must not wait for these as well.
-        slots = slots_of(row_to_slot, first_row, x_rows, 0, num_rows)
-        following = slots_of(row_to_slot, first_row, x_rows, BLOCK_K, num_rows)
+        slots = slots_of(row_to_slot, first_row, rows, 0, num_rows)
+        following = slots_of(row_to_slot, first_row, rows, BLOCK_K, num_rows)
         for step in range(gl.cdiv(num_rows, BLOCK_K)):
-            after = slots_of(row_to_slot, first_row, x_rows, (step + 2) * BLOCK_K, num_rows)
-            rows_left = num_rows - step * BLOCK_K
-            x_ptrs = x + hidden + ((slots // TOP_K).to(gl.int64) * stride_xt)[:, None] + x_cols[None, :]
+            after = slots_of(row_to_slot, first_row, rows, (step + 2) * BLOCK_K, num_rows)
+            x_ptrs = x + hidden + ((slots // TOP_K).to(gl.int64) * stride_xt)[:, None] + cols[None, :]
             x_ptrs = gl.max_contiguous(gl.multiple_of(x_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
-            d_ptrs = d_start + (d_rows * (PARTS * pitch))[:, None] + d_places[None, :]
-            d_ptrs = gl.max_contiguous(gl.multiple_of(d_ptrs, [1, 16]), [1, 8])
-            x_mask = (x_rows < rows_left)[:, None] & x_inside
-            d_mask = (d_rows < rows_left)[:, None] & d_inside
+            x_mask = (rows < num_rows - step * BLOCK_K)[:, None] & inside
+            x_tile = b_tiles.index(stage) if RAGGED_M else a_tiles.index(stage)
+            d_tile = a_tiles.index(stage) if RAGGED_M else b_tiles.index(stage)
+            bar = ready.index(stage)
             mbarrier.wait(empty.index(stage), phase)
-            if RAGGED_M:
-                copy_elements(a_tiles.index(stage), d_ptrs, d_mask)
-                copy_elements(b_tiles.index(stage), x_ptrs, x_mask)
+            copy_elements(x_tile, x_ptrs, x_mask)
+            if EVEN:
+                if (step + 1) * BLOCK_K <= num_rows:
+                    mbarrier.expect(bar, d_tile.dtype.primitive_bitwidth // 8 * BLOCK_K * D_COLUMNS)
+                    for p in gl.static_range(D_COLUMNS // PIECE_N):
+                        piece = d_tile.slice(p * PIECE_N, PIECE_N, 1)
+                        copy_box(panels, [line + p * num_rows + step * BLOCK_K, 0], bar, piece)
+                else:
+                    last = columns_of_parts(d + offset, inner, width, num_rows, D_COLUMNS, PARTS, EVEN)
+                    copy_columns_of_parts(d_tile, last, step * BLOCK_K, num_rows)
+                    mbarrier.arrive(bar, count=1)
             else:
-                copy_elements(a_tiles.index(stage), x_ptrs, x_mask)
-                copy_elements(b_tiles.index(stage), d_ptrs, d_mask)
-            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
-            d_start += BLOCK_K * PARTS * pitch.to(gl.int64)
+                copy_columns_of_parts(d_tile, columns, step * BLOCK_K, num_rows)
+            async_copy.mbarrier_arrive(bar, increment_count=False)
             slots = following
             following = after
             stage, phase = advance(stage, phase, STAGES)
     async_copy.wait_group(0)
+
+
+@gluon.jit
+def columns_of_parts(
+    block, inner, width, count, COLUMNS: gl.constexpr, PARTS: gl.constexpr, EVEN: gl.constexpr
+):  # fmt: skip
+    """-> for each of a tile's columns, from `inner` on (`part_span`): pointer to it in the first row of an expert's
+    block, elements from row to row, and whether it exists."""
+    cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide_layout(COLUMNS)))
+    pitch, eighths = row_stride(width, EVEN), part_span(width, EVEN) // 8
+    # In steps of 8, for the compiler to see what is the same for a thread's 16 bytes.
+    eighth = inner // 8 + cols // 8
+    part = eighth // eighths
+    eighth -= part * eighths
+    place, stride = place_of(part, eighth * 8 + cols % 8, count, pitch, PARTS, EVEN)
+    return block + place, stride + 0 * cols, (eighth < pitch // 8) & (part < PARTS)
+
+
+@gluon.jit
+def copy_columns_of_parts(tile, columns, row, count):
+    """Start copying 64 rows from `row` on of an expert's `count`; zeros for what is missing."""
+    starts, strides, exist = columns
+    rows = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, wide_layout(tile.shape[1])))
+    pointers = (starts + row.to(gl.int64) * strides)[None, :] + rows[:, None] * strides[None, :]
+    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, 8])  # in bytes, in elements
+    copy_elements(tile, pointers, (rows < count - row)[:, None] & exist[None, :])
 
 
 @gluon.jit
@@ -348,18 +386,19 @@ def store_edge(dw, buffer, hidden, column, edges, RAGGED_M: gl.constexpr):
 
 @gluon.jit
 def grouped_gemm_dw_hopper_kernel(
-    x, d, dw, dw_up, boxes, up_boxes, widths, offsets, row_offsets, tiles, row_to_slot, ragged_offsets, H, stride_xt,
-    stride_dh, stride_ds, num_tiles, num_tiles_h,
+    x, d, panels, dw, dw_up, boxes, up_boxes, widths, offsets, row_offsets, tiles, row_to_slot, ragged_offsets, H,
+    stride_xt, stride_dh, stride_ds, num_tiles, num_tiles_h,
     PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, EVEN: gl.constexpr, BOXED: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, PRODUCER_THREADS)
+    READY_COUNT: gl.constexpr = PRODUCER_THREADS + 1 if EVEN else PRODUCER_THREADS
+    ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, READY_COUNT)
     buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, tiles)
     gate, up = (dw, boxes), (dw_up, up_boxes)
     consumer = (ring, buffers, gate, up, tables, num_tiles, num_tiles_h, H, stride_dh, stride_ds)
-    producer = (ring, x, d, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt)
+    producer = (ring, x, d, panels, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt)
     gl.warp_specialize(
         [
             (finish_dw, (consumer, 0, PARTS, RAGGED_M, EVEN, BOXED, BLOCK_M, BLOCK_N, STAGES)),

@@ -27,7 +27,7 @@ from triton_moe.kernels.hopper.pipeline import BLOCK_K, HALF_M, PIECE_N
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.transpose import is_worth_a_copy, transposed
 from triton_moe.kernels.tuning import PipelineConfig, cached_launcher, tuned
-from triton_moe.layout import ROW_ALIGNMENT, ExpertLayout, Routing, TileLists
+from triton_moe.layout import PANEL_WIDTH, RAGGED_ALIGNMENT, ROW_ALIGNMENT, ExpertLayout, Routing, TileLists
 
 BLOCK_N = 256
 _BLOCK_K = BLOCK_K.value
@@ -35,6 +35,8 @@ _WORTH_IT = 2**35
 """Rows times H times mean width from which `backend="auto"` comes here. Below it the host is the bottleneck of an eager
 step, and these launches, with their descriptors, cost it more."""
 assert INTERPRETED or 2 * HALF_M.value == BLOCK_M
+assert RAGGED_ALIGNMENT % PANEL_WIDTH == 0
+assert PANEL_WIDTH == PIECE_N.value == _BLOCK_K
 
 
 @functools.lru_cache(maxsize=256)
@@ -61,19 +63,19 @@ def _in_boxes(w: Tensor, layout: ExpertLayout) -> bool:
     return _aligned(w) and (w.stride(1) != 1 or divides_widths(ROW_ALIGNMENT, layout))
 
 
-def takes(routing: Routing, *weights: Tensor | None) -> bool:
-    """Whether a product of these weights `(H, S)`, or for them, runs here: there are rows, and that was asked for; or
-    the choice is ours, the product is large, and no weights need a copy (`_boxable`) but those that get one elsewhere
-    too (`loadable`)."""
-    first, layout, num_rows = weights[0], routing.layout, routing.num_rows
-    assert first is not None
-    if routing.backend != "hopper":
-        if routing.backend != "auto" or num_rows * first.numel() < _WORTH_IT * layout.num_experts:
+def takes(num_rows: int, layout: ExpertLayout, backend: str, w1: Tensor, *biases: Tensor | None) -> bool:
+    """Whether a layer runs here, all of its products or none: it has rows and no biases, and that was asked for; or the
+    choice is ours, the products are large, and worth copies of weights (`_boxable`) if the widths ask for these.
+
+    Asked again in the backward pass, which must get the same answer, for the buffers in between have another form here
+    (`Routing.panels`). So it looks neither at addresses nor at strides, which hooks on saved tensors may change.
+    """
+    if backend != "hopper":
+        if backend != "auto" or num_rows * w1.numel() < _WORTH_IT * layout.num_experts:
             return False
-        copied = not divides_widths(ROW_ALIGNMENT, layout) and is_worth_a_copy(routing)
-        if not copied and not all(w is None or _in_boxes(w, layout) for w in weights):
+        if not divides_widths(ROW_ALIGNMENT, layout) and not is_worth_a_copy(num_rows, layout):
             return False
-    return num_rows > 0 and fits(first.numel() // layout.total_width, first.dtype, first.device)
+    return num_rows > 0 and all(b is None for b in biases) and fits(w1.shape[0], w1.dtype, w1.device)
 
 
 def _straight(x: Tensor) -> Tensor:
@@ -103,6 +105,13 @@ def _piece_boxes(matrix: Tensor) -> TensorDescriptor:
     """A matrix, of contiguous rows, in boxes of what a consumer stores at a time."""
     piece = HALF_M.value, PIECE_N.value
     return TensorDescriptor.from_tensor(matrix, list(piece), _shared_layout(piece, matrix.dtype))
+
+
+def _panels(buffer: Tensor, rows: int) -> TensorDescriptor:
+    """A ragged buffer of panels as one matrix of their columns, in boxes of so many rows."""
+    box = rows, PANEL_WIDTH
+    matrix = buffer.as_strided((buffer.numel() // PANEL_WIDTH, PANEL_WIDTH), (PANEL_WIDTH, 1))
+    return TensorDescriptor.from_tensor(matrix, list(box), _shared_layout(box, buffer.dtype))
 
 
 def _tiles(routing: Routing) -> TileLists:
@@ -161,8 +170,9 @@ def down_fwd(a: Tensor, w: Tensor, w_up: Tensor | None, y: Tensor, routing: Rout
     boxes = _boxes(w, BLOCK_N, by_k)
     up_boxes = boxes if w_up is None else _boxes(w_up, BLOCK_N, by_k)
     launch(
-        (programs,), a, boxes, up_boxes, y, _piece_boxes(y), tables.widths, tables.offsets, routing.row_offsets,
-        _tiles(routing).numbers, routing.row_blocks, routing.ragged_offsets, hidden_size, cdiv(hidden_size, BLOCK_N),
+        (programs,), a, _panels(a, BLOCK_M), boxes, up_boxes, y, _piece_boxes(y), tables.widths, tables.offsets,
+        routing.row_offsets, _tiles(routing).numbers, routing.row_blocks, routing.ragged_offsets, hidden_size,
+        cdiv(hidden_size, BLOCK_N),
     )  # fmt: skip
 
 
@@ -198,8 +208,9 @@ def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing)
     num_tiles = layout.num_column_blocks(columns) * (parts if ragged_m else 1) * num_tiles_h
     boxes = _piece_boxes(dw.t() if ragged_m else dw) if boxed else dw
     up_boxes = boxes if dw_up is None or not boxed else _piece_boxes(dw_up.t() if ragged_m else dw_up)
+    panels = _panels(d, _BLOCK_K) if divides_widths(_BLOCK_K, layout) else d
     launch(
-        (programs,), x, d, dw, dw if dw_up is None else dw_up, boxes, up_boxes, tables.widths, tables.offsets,
-        routing.row_offsets, _tiles(routing).weights[columns], routing.row_to_slot, routing.ragged_offsets, hidden_size,
-        x.stride(0), *dw.stride(), num_tiles, num_tiles_h,
+        (programs,), x, d, panels, dw, dw if dw_up is None else dw_up, boxes, up_boxes, tables.widths,
+        tables.offsets, routing.row_offsets, _tiles(routing).weights[columns], routing.row_to_slot,
+        routing.ragged_offsets, hidden_size, x.stride(0), *dw.stride(), num_tiles, num_tiles_h,
     )  # fmt: skip

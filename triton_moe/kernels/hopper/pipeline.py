@@ -26,7 +26,8 @@ BLOCK_K = gl.constexpr(64)
 HALF_M = gl.constexpr(64)
 """Rows of a consumer."""
 PIECE_N = gl.constexpr(64)
-"""Columns that a consumer finishes at a time: never of two experts, unless past one's width, nor of gate and up."""
+"""Columns that a consumer finishes at a time: never of two experts, unless past one's width, nor of gate and up. Also
+those of a panel (`Routing.panels`), which is then one stage of a reduction over an expert's columns, or a piece."""
 PRODUCER_THREADS = gl.constexpr(128)
 
 THREADS_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
@@ -202,6 +203,7 @@ def multiply(
     else:
         for _ in range(num_steps):
             mbarrier.wait(ready.index(stage), phase)
+            fence_async_shared()  # TMA may write where a thread has
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
     return acc, stage, phase
