@@ -17,6 +17,8 @@ LOG = """========= COMPUTE-SANITIZER
 ========= Uninitialized __global__ memory read of size 2 bytes
 =========     at void at::native::vectorized_elementwise_kernel<(int)4, at::native::FillFunctor<float>>(int)+0x80
 =========     by thread (0,0,0) in block (0,0,0)
+========= Uninitialized access at 0x7f0000000000 on access by cudaMemcpy source
+=========     Saved host backtrace up to driver entry point at error
 ========= Error: Race reported between Write access at scatter_fwd_kernel+0x70 and Read access at ...
 ========= ERROR SUMMARY: 3 errors
 """
@@ -31,22 +33,30 @@ printf '%s' "$SANITIZER_SAYS" > "$log"
 
 def test_reports() -> None:
     found = sanitize.reports(LOG)
-    assert found == {"gather_kernel": 1, "at::native::vectorized_elementwise_kernel": 1, "scatter_fwd_kernel": 1}
+    assert found == {
+        "gather_kernel": 1, "at::native::vectorized_elementwise_kernel": 1, "host": 1, "scatter_fwd_kernel": 1,
+    }  # fmt: skip
     assert [kernel for kernel in found if sanitize.is_ours(kernel)] == ["gather_kernel", "scatter_fwd_kernel"]
     assert sanitize.reports("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n") == {}
 
 
-@pytest.mark.parametrize(("said", "status"), [("", 0), (LOG, 1)])
-def test_command(said: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tool", "said", "status", "asked"),
+    [("memcheck", "", 0, "2"), ("memcheck", LOG, 1, "2"), ("initcheck", "", 0, "1")],
+)
+def test_command(
+    tool: str, said: str, status: int, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With something that only runs what it is given in the sanitizer's place, and tests that need no GPU."""
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(STAND_IN)
-    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    stand_in = tmp_path / "compute-sanitizer"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SANITIZER_SAYS", said)
     tests = ["tests/test_layout.py::test_docstrings", "tests/test_sanitize.py::test_reports"]
     monkeypatch.setattr(sanitize, "collect", lambda chosen: tests)
-    assert sanitize.main(["--tools", "memcheck", "--workers", "2", "--out", str(tmp_path)]) == status
+    monkeypatch.setitem(sanitize.ENDLESS, "initcheck", ("test_reports",))
+    assert sanitize.main(["--tools", tool, "--workers", "2", "--out", str(tmp_path)]) == status
     (row,) = csv.DictReader((tmp_path / "sanitize.csv").read_text().splitlines())
-    assert (row["tool"], row["asked"], row["passed"], row["failed"]) == ("memcheck", "2", "2", "0")
-    assert (row["reports_of_our_kernels"], row["other_reports"]) == (("4", "2") if said else ("0", "0"))
+    assert (row["tool"], row["asked"], row["passed"], row["failed"]) == (tool, asked, asked, "0")
+    assert (row["reports_of_our_kernels"], row["other_reports"]) == (("4", "4") if said else ("0", "0"))
