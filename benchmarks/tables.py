@@ -188,7 +188,7 @@ def widths(rows: Rows) -> list[Table]:
         speeds = [f"{forward:.0f} / {step:.0f}" for forward, step in rates]
         share = " / ".join(f"{other / uniform:.0%}" for uniform, other in zip(*rates, strict=True))
         sizes = [row["case"] if len(row["sizes"]) > 40 else row["sizes"] for row in pair]
-        of_pair = ", ".join(pair[0][column] for column in ("T", "H", "K"))
+        of_pair = f"{', '.join(pair[0][column] for column in ('T', 'H', 'K'))} ({pair[0]['gpu']})"
         body.append([of_pair, sizes[0], speeds[0], sizes[1], speeds[1], share])
     return [Table(caption, ("T, H, K", "uniform", "TFLOP/s", "other widths", "TFLOP/s", "of the uniform"), body)]
 
@@ -246,12 +246,12 @@ def stress(rows: Rows) -> list[Table]:
     said = []
     for backend, of_last in last.items():
         runs = [row for row in large if (row["backend"], row["commit"]) == (backend, of_last["commit"])]
-        draws, mismatches, differences = (
-            sum(int(row[name]) for row in runs) for name in ("draws", "mismatches", "bitwise_differences")
+        draws, asked, mismatches, differences = (
+            sum(int(row[name]) for row in runs) for name in ("draws", "asked", "mismatches", "bitwise_differences")
         )
         said.append(
-            f"backend {backend} {draws} draws, {mismatches} outside the error budget, {differences} that differed "
-            f"between two runs ({machine(of_last)})"
+            f"backend {backend} {draws} draws (of {asked} asked in the time), {mismatches} outside the error budget, "
+            f"{differences} that differed between two runs ({machine(of_last)})"
         )
     return [
         Table(

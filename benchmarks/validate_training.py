@@ -16,8 +16,8 @@ Prints PASSED, or FAILED and what failed, and then exits with 1. What must hold,
 
 The last two alone prove little: a model whose experts get garbage for gradients learns nearly as well.
 
-The baseline is the one in plain PyTorch. stk's kernels multiply fp32 as tf32, cut off instead of rounded, so runs on
-them are other runs within a dozen steps; tests/test_block_sparse.py holds them to the plain one in 16 bits.
+The baseline is the one in plain PyTorch. stk's kernels multiply fp32 as tf32, cut off instead of rounded, which misses
+the gate; tests/test_block_sparse.py holds them to the plain one in 16 bits.
 """
 
 from __future__ import annotations

@@ -458,6 +458,7 @@ def test_fitted_draws_fit_the_hopper_kernels() -> None:
         assert given.dtype.itemsize == 2
         assert any(given.case.widths)
         assert given.case.hidden_size % 64 == 0
+        assert not given.case.bias
         aligned.add(math.gcd(64, *given.case.widths))
     assert {64, 8, 1} <= aligned
 

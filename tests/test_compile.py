@@ -12,7 +12,9 @@ PROGRAM = """
 def describe(name, kernel, options):
     ptx = kernel.asm["ptx"]
     narrow = len(re.findall(r"ld\\.global[.a-z0-9:]*\\.b16", ptx))
-    return name, kernel.metadata.shared, ptx.count("wgmma.mma_async"), narrow if odd_widths else 0
+    rounds = len(re.findall(r"and\\.b32[^;]*-8192;", ptx))
+    unrounded = name.startswith("grouped_gemm") and precision == "high" and not rounds
+    return name, kernel.metadata.shared, ptx.count("wgmma.mma_async"), narrow if odd_widths else 0, unrounded
 
 describe_each(describe)
 
@@ -69,6 +71,7 @@ def test_compiles_within_shared_memory(capability: int) -> None:
     assert [(name, shared) for name, shared, *_ in compiled if shared > 1024 * SHARED_MEMORY[capability]] == []
     if capability == 90:
         gemms = {name for name, *_ in compiled if name.startswith("grouped_gemm")}
-        assert gemms <= {name for name, _, wgmma, _ in compiled if wgmma}
+        assert gemms <= {name for name, _, wgmma, *_ in compiled if wgmma}
     # However odd the widths, a GEMM of the layer with many rows loads 16 bytes at a time.
-    assert [name for name, *_, narrow in compiled if narrow and name.startswith("grouped_gemm")] == []
+    assert [name for name, *_, narrow, _ in compiled if narrow and name.startswith("grouped_gemm")] == []
+    assert [name for name, *_, unrounded in compiled if unrounded] == []

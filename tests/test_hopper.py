@@ -36,6 +36,7 @@ def describe(name, kernel, options):
         "spill": spilled(said),
         "serialized": len(re.findall(r"C7510|C7515|serializ", said)),
         "wgmma": ptx.count("wgmma.mma_async.sync.aligned.m64n256k16"),
+        "boxes": len(re.findall(r"cp\\.async\\.bulk\\.tensor\\.2d\\.shared", ptx)),
         "wide_copies": len(re.findall(r"cp\\.async\\.cg\\.shared\\.global [^;]*0x10", ptx)),
         "shared": kernel.metadata.shared,
         "registers": options["PRODUCER_REGISTERS"] + 2 * options["CONSUMER_REGISTERS"],
@@ -91,8 +92,13 @@ def test_compiles_to_what_hopper_is_fast_at() -> None:
         assert kernel["registers"] <= MAX_REGISTERS, kernel
         assert kernel["serialized"] == 0, kernel
         assert kernel["wgmma"] == 8, kernel  # 4 a stage, for each of two consumers
-        # Of a producer's threads: gathered rows, and what is left of an expert after its last panel.
+        # A producer's threads copy gathered rows, and what is left of an expert after its last panel.
         assert kernel["wide_copies"] >= 8 or ("_down_" in kernel["name"] and kernel["even"]), kernel
+        if "_down_" in kernel["name"]:
+            assert (kernel["wide_copies"] == 0) == kernel["even"], kernel
+            assert kernel["boxes"] == 2, kernel  # a panel, and weights
+        if "_dw_" in kernel["name"]:
+            assert kernel["boxes"] in ((2, 4) if kernel["even"] else (0,)), kernel  # panels
         spill = MAX_SPILL[kernel["activation"]][not kernel["even"]] if "_dh_" in kernel["name"] else 0
         assert kernel["spill"] <= spill, kernel
 
@@ -122,6 +128,40 @@ def test_what_it_cannot_take(
     inputs = inputs_for(Case(8, hidden_size, (64, 100), 2, "swiglu", reason="not for Hopper"), dtype, KERNEL_DEVICE)
     with pytest.raises(ValueError, match=f"^{message}"):
         run(kernels, inputs)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of memory that nobody fills
+def test_a_layer_runs_here_as_a_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels that only count in the place of ours, whose results nobody looks at."""
+    from triton_moe.kernels.hopper import launch as hopper
+
+    called: list[str] = []
+
+    def counted(name: str) -> Any:
+        return lambda *args, **options: called.append(name)
+
+    for name in ("up_fwd", "down_fwd", "dh", "dw"):
+        monkeypatch.setattr(hopper, name, counted(name))
+    monkeypatch.setattr(hopper, "fits", lambda *given: True)
+    monkeypatch.setattr(functional, "_is_hopper", lambda device: True)
+    for bias in (False, True):
+        case = Case(9, 64, (64, 24), 2, "swiglu", bias=bias, reason="who is called")
+        inputs = inputs_for(case, torch.float16, KERNEL_DEVICE)
+        run(kernels, inputs)
+        operands = {name: value for name, value in vars(inputs).items() if name != "dout"}
+        kernels(**operands)  # no gradients asked for
+        there = [] if bias else ["up_fwd", "down_fwd", "dh", "dw", "dw", "down_fwd", "up_fwd", "down_fwd"]
+        assert called == there, bias
+        called.clear()
+
+
+def test_the_choice_looks_at_nothing_that_hooks_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton_moe.kernels.hopper import launch as hopper
+
+    monkeypatch.setattr(hopper, "fits", lambda *given: True)
+    w, layout = torch.zeros(64, 4096, dtype=torch.bfloat16), ExpertLayout((2048,) * 2)
+    for view in (w, w.t().contiguous().t(), torch.zeros(64, 4097, dtype=torch.bfloat16)[:, 1:]):
+        assert hopper.takes(2**20, layout, "auto", view)
 
 
 hopper_only = pytest.mark.skipif(not has_hopper(), reason="needs compute capability 9.0")

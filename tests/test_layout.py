@@ -86,6 +86,10 @@ def test_sizes_of_a_routing() -> None:
     assert made.ragged_numel(parts=2) == 2 * made.ragged_numel()
 
 
+def test_exact_buffers_are_never_empty() -> None:
+    assert reference.route(torch.full((3, 2), 2), ExpertLayout((3, 2))).read_ragged_numel() == 64
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_blocks_of_panels(parts: int) -> None:
     """Panels of 64 columns of the one part, then of the other, then what is left of each; null experts have nothing."""

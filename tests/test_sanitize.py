@@ -59,4 +59,6 @@ def test_command(
     assert sanitize.main(["--tools", tool, "--workers", "2", "--out", str(tmp_path)]) == status
     (row,) = csv.DictReader((tmp_path / "sanitize.csv").read_text().splitlines())
     assert (row["tool"], row["asked"], row["passed"], row["failed"]) == (tool, asked, asked, "0")
+    monkeypatch.setitem(sanitize.ENDLESS, tool, ("tests/",))
+    assert sanitize.main(["--tools", tool, "--out", str(tmp_path)]) == 1
     assert (row["reports_of_our_kernels"], row["other_reports"]) == (("4", "4") if said else ("0", "0"))

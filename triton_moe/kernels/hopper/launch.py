@@ -65,7 +65,8 @@ def _in_boxes(w: Tensor, layout: ExpertLayout) -> bool:
 
 def takes(num_rows: int, layout: ExpertLayout, backend: str, w1: Tensor, *biases: Tensor | None) -> bool:
     """Whether a layer runs here, all of its products or none: it has rows and no biases, and that was asked for; or the
-    choice is ours, the products are large, and worth copies of weights (`_boxable`) if the widths ask for these.
+    choice is ours, the products are large, and worth copies of weights if the widths ask for these. Weights that lie
+    where TMA cannot read are copied in any case (`_boxable`).
 
     Asked again in the backward pass, which must get the same answer, for the buffers in between have another form here
     (`Routing.panels`). So it looks neither at addresses nor at strides, which hooks on saved tensors may change.
