@@ -250,7 +250,7 @@ def stress(rows: Rows) -> list[Table]:
             sum(int(row[name]) for row in runs) for name in ("draws", "asked", "mismatches", "bitwise_differences")
         )
         said.append(
-            f"backend {backend} {draws} draws (of {asked} asked in the time), {mismatches} outside the error budget, "
+            f"backend {backend} {draws} draws ({asked} asked), {mismatches} outside the error budget, "
             f"{differences} that differed between two runs ({machine(of_last)})"
         )
     return [

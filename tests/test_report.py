@@ -142,7 +142,7 @@ def test_newest_rows_alone(tmp_path: Path) -> None:
     rows = [{**row, "asked": asked, "draws": asked, "date": "d", "commit": commit} for commit, asked in runs]
     results.append(tmp_path / "stress.csv", rows)
     (table,) = tables.tables_of(tmp_path)
-    assert "run twice: backend 0 3000 draws, 0 outside" in table.caption
+    assert "run twice: backend 0 3000 draws (3000 asked), 0 outside" in table.caption
 
 
 def test_ratios_come_from_one_run() -> None:
