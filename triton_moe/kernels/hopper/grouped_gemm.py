@@ -17,25 +17,25 @@ from triton_moe.kernels.hopper.pipeline import (
     HALF_M,
     PIECE_N,
     PRODUCER_THREADS,
+    THREADS_LAYOUT,
     advance,
     async_copy,
     copy_box,
     copy_elements,
     copy_rows,
     fence_async_shared,
-    first_tile,
-    hand_out,
+    hear,
     make_buffers,
     make_ring,
     make_schedule,
     mbarrier,
     multiply,
-    next_tile,
     pieces,
     store_box,
-    store_own_rows,
     store_rows,
     take_number,
+    tell,
+    tile_of,
     tma,
     wide_layout,
     within,
@@ -70,30 +70,37 @@ def place_of(part, col, count, pitch, PARTS: gl.constexpr, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def locate(tile, tables, num_tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, EVEN: gl.constexpr):
-    """-> a tile's expert, its width, first column in the packed weights, first row of the tile, that row's place within
-    the expert, rows from there on, first column.
+def tell_place(
+    schedule, tile, turn, tables, num_tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, EVEN: gl.constexpr
+):  # fmt: skip
+    """Find a tile, tell the consumers, and -> its place: line of 64 elements where its expert's block of a ragged
+    buffer of one part starts (-1: there is no such tile), the expert's width, first column in the packed weights, first
+    row of the tile, that row's place within the expert, rows from there on, first column.
 
     The tables end with a list: of row blocks, each of which has `num_tiles_n` tiles, or if that is None of the tiles of
     BLOCK_N columns of the expert (`TileLists`).
     """
-    widths, offsets, row_offsets, parts = tables
+    widths, offsets, row_offsets, ragged_offsets, parts = tables
+    exists = tile < schedule[1]
     entry = parts + 2 * (tile if num_tiles_n is None else tile // num_tiles_n)
-    expert = gl.load(entry)
-    part = gl.load(entry + 1)
+    expert = gl.load(entry, mask=exists, other=0)
+    part = gl.load(entry + 1, mask=exists, other=0)
     width = gl.load(widths + expert)
     if EVEN:
         width = gl.multiple_of(width, 64)
     if num_tiles_n is None:
-        across = gl.cdiv(width, BLOCK_N)
+        across = gl.maximum(gl.cdiv(width, BLOCK_N), 1)
         start = part // across * BLOCK_M
         col = part % across * BLOCK_N
     else:
         start = part * BLOCK_M
         col = tile % num_tiles_n * BLOCK_N
     first = gl.load(row_offsets + expert)
-    count = gl.load(row_offsets + expert + 1) - first
-    return expert, width, gl.load(offsets + expert), first + start, start, count - start, col
+    num_rows = gl.where(exists, gl.load(row_offsets + expert + 1) - first - start, 0)
+    line = gl.where(exists, (gl.load(ragged_offsets + expert) // PIECE_N).to(gl.int32), -1)
+    place = (line, width, gl.load(offsets + expert), first + start, start, num_rows, col)
+    tell(schedule, place, turn)
+    return place
 
 
 @gluon.jit
@@ -102,9 +109,44 @@ def num_ragged_tiles(numbers, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def expert_block(buffer, expert, ragged_offsets, PARTS: gl.constexpr):
-    """Pointer to the expert's block of a ragged buffer."""
-    return buffer + PARTS * gl.load(ragged_offsets + expert)
+def block_start(block):
+    """Pointer to an expert's block of a ragged buffer: `block` is the buffer, by pointer and in boxes, and the block's
+    first line of 64 elements."""
+    buffer, line = block
+    return buffer[0] + line.to(gl.int64) * PIECE_N
+
+
+@gluon.jit
+def line_of(block, rows, part, col):
+    """Line of a consumer's first row in the panel of a part's column `col`."""
+    _, line = block
+    start, _, count, pitch = rows
+    return line + (part * (pitch // PIECE_N) + col // PIECE_N) * count + start
+
+
+@gluon.jit
+def store_columns(buffer, tile, block, rows, part, col, PARTS: gl.constexpr, EVEN: gl.constexpr):
+    """Start storing a part's columns from `col` on, of a consumer's `rows` of an expert's block, by way of `buffer`,
+    the one of two that was not used last.
+
+    64 rows of a panel go by TMA, other pieces by threads. `rows`: the consumer's first, how many there are from there
+    on, those of the expert, `row_stride`.
+    """
+    tma.store_wait(pendings=1)
+    ragged, _ = block
+    start, num_rows, count, pitch = rows
+    boxed = num_rows >= HALF_M
+    if not EVEN:
+        boxed = boxed & (col // PIECE_N < pitch // PIECE_N)
+    if boxed:
+        buffer.store(tile.to(buffer.dtype))
+        fence_async_shared()
+        store_box(ragged[1], [line_of(block, rows, part, col), col % PIECE_N], buffer)
+    else:  # commits nothing, so a later wait for all but the last store would not do
+        tma.store_wait(pendings=0)
+        place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
+        first = block_start(block) + place + start.to(gl.int64) * stride
+        store_rows(buffer, tile, first, stride, num_rows, pitch - col)
 
 
 @gluon.jit
@@ -130,48 +172,68 @@ def copy_weights(w, k, n, bar, tile, B_BY_K: gl.constexpr):
 
 
 @gluon.jit
+def tell_gathered(
+    schedule, tile, turn, tables, row_to_slot, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, EVEN: gl.constexpr
+):  # fmt: skip
+    """`tell_place`, and -> line, first column in the packed weights, slots of the rows."""
+    line, _, offset, first_row, _, num_rows, col = tell_place(
+        schedule, tile, turn, tables, None, BLOCK_M, BLOCK_N, EVEN
+    )
+    rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, wide_layout(BLOCK_K)))
+    return line, offset + col, gl.load(row_to_slot + first_row + rows, mask=rows < num_rows, other=0)
+
+
+@gluon.jit
 def produce(
     operands,
-    TOP_K: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    TILE_N: gl.constexpr, STAGES: gl.constexpr,
+    TOP_K: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr, AHEAD: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring for every tile of this program: rows of H elements gathered by row_to_slot, weights (H, S).
 
-    TILE_N: output columns of a tile; half of BLOCK_N where w and w_up are multiplied side by side.
+    TILE_N: output columns of a tile; half of BLOCK_N where w and w_up are multiplied side by side. AHEAD: the next tile
+    is found while stages of this one are still to be filled, which takes registers.
     """
     ring, schedule, a, w, w_up, tables, row_to_slot, H, stride_at = operands
     a_tiles, b_tiles, ready, empty = ring
     layout: gl.constexpr = wide_layout(BLOCK_K)
-    rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     inner = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
+    num_steps = H // BLOCK_K
+    number = gl.zeros((PRODUCER_THREADS,), gl.int32, THREADS_LAYOUT)
     stage = 0
     phase = 1
     turn = 0
-    tile = first_tile(schedule)
-    while tile >= 0:
-        _, _, offset, first_row, _, num_rows, col = locate(tile, tables, None, BLOCK_M, TILE_N, EVEN)
-        source = gl.load(row_to_slot + first_row + gl.minimum(rows, num_rows - 1)) // TOP_K
-        a_ptrs = (a + source.to(gl.int64) * stride_at)[:, None] + inner[None, :]
+    line, n, slots = tell_gathered(schedule, gl.program_id(0), turn, tables, row_to_slot, BLOCK_M, TILE_N, EVEN)
+    while line >= 0:
+        turn += 1
+        first_col = n
+        a_ptrs = (a + (slots // TOP_K).to(gl.int64) * stride_at)[:, None] + inner[None, :]
         a_ptrs = gl.max_contiguous(gl.multiple_of(a_ptrs, [1, 16]), [1, 8])  # in bytes, in elements
-        n = offset + col
-        for step in range(H // BLOCK_K):
+        for step in range(num_steps):
+            # Late, so that nobody gets a tile that another has time for, but not so late that it must be waited for.
+            if step == gl.maximum(num_steps - 4, 0):
+                number = take_number(schedule)
+            if AHEAD:  # noqa: SIM102 (one is known at compile time)
+                if step == gl.maximum(num_steps - 2, 0):
+                    tile = tile_of(schedule, number)
+                    line, n, slots = tell_gathered(schedule, tile, turn, tables, row_to_slot, BLOCK_M, TILE_N, EVEN)
             bar = ready.index(stage)
             b_tile = b_tiles.index(stage)
             k = step * BLOCK_K
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(bar, b_tiles.dtype.primitive_bitwidth // 8 * BLOCK_K * BLOCK_N)
             if TILE_N < BLOCK_N:
-                copy_weights(w, k, n, bar, b_tile.slice(0, TILE_N, 0 if B_BY_K else 1), B_BY_K)
-                copy_weights(w_up, k, n, bar, b_tile.slice(TILE_N, TILE_N, 0 if B_BY_K else 1), B_BY_K)
+                copy_weights(w, k, first_col, bar, b_tile.slice(0, TILE_N, 0 if B_BY_K else 1), B_BY_K)
+                copy_weights(w_up, k, first_col, bar, b_tile.slice(TILE_N, TILE_N, 0 if B_BY_K else 1), B_BY_K)
             else:
-                copy_weights(w, k, n, bar, b_tile, B_BY_K)
+                copy_weights(w, k, first_col, bar, b_tile, B_BY_K)
             copy_elements(a_tiles.index(stage), a_ptrs)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             a_ptrs += BLOCK_K
             stage, phase = advance(stage, phase, STAGES)
-        # A long reduction: taken late, nobody gets a tile that another has time for.
-        tile = hand_out(schedule, take_number(schedule), turn)
-        turn += 1
+        if not AHEAD:
+            tile = tile_of(schedule, number)
+            line, n, slots = tell_gathered(schedule, tile, turn, tables, row_to_slot, BLOCK_M, TILE_N, EVEN)
     async_copy.wait_group(0)
 
 
@@ -183,25 +245,27 @@ def produce_down(
 ):  # fmt: skip
     """Fill the ring for every tile of this program: panels of a ragged buffer, one part after the other, weights
     (S, H). What an expert has left after its last panel is copied by threads."""
-    ring, schedule, a, panels, w, w_up, tables, ragged_offsets, num_tiles_n = operands
+    ring, schedule, a, panels, w, w_up, tables, num_tiles_n = operands
     a_tiles, b_tiles, ready, empty = ring
     ELEMENT_BYTES: gl.constexpr = b_tiles.dtype.primitive_bitwidth // 8
     stage = 0
     phase = 1
     turn = 0
-    tile = first_tile(schedule)
-    while tile >= 0:
+    line, width, offset, _, start, num_rows, col = tell_place(
+        schedule, gl.program_id(0), turn, tables, num_tiles_n, BLOCK_M, BLOCK_N, EVEN
+    )
+    while line >= 0:
+        turn += 1
         number = take_number(schedule)  # a short reduction: it must be on its way
-        expert, width, offset, _, start, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N, EVEN)
         count = start + num_rows
         pitch = row_stride(width, EVEN)
-        whole = pitch // PIECE_N
+        rows = (start, num_rows, count, pitch)
         num_steps = num_steps_of(width, EVEN)
-        first_line = (PARTS * gl.load(ragged_offsets + expert) // PIECE_N).to(gl.int32) + start
+        block = ((a, panels), PARTS * line)
         for step in range(PARTS * num_steps):
             part = gl.where(step < num_steps, 0, 1)
             panel = step - part * num_steps
-            line = first_line + (part * whole + panel) * count
+            panel_line = line_of(block, rows, part, panel * BLOCK_K)
             k = offset + panel * BLOCK_K
             bar = ready.index(stage)
             a_tile = a_tiles.index(stage)
@@ -209,15 +273,15 @@ def produce_down(
             mbarrier.wait(empty.index(stage), phase)
             if EVEN:
                 mbarrier.expect(bar, ELEMENT_BYTES * BLOCK_K * (BLOCK_M + BLOCK_N))
-                copy_box(panels, [line, 0], bar, a_tile)
+                copy_box(panels, [panel_line, 0], bar, a_tile)
             else:
-                if panel < whole:
+                if panel < pitch // PIECE_N:
                     mbarrier.expect(bar, ELEMENT_BYTES * BLOCK_K * (BLOCK_M + BLOCK_N))
-                    copy_box(panels, [line, 0], bar, a_tile)
+                    copy_box(panels, [panel_line, 0], bar, a_tile)
                 else:
                     mbarrier.expect(bar, ELEMENT_BYTES * BLOCK_K * BLOCK_N)
                     place, stride = place_of(part, panel * BLOCK_K, count, pitch, PARTS, EVEN)
-                    a_start = expert_block(a, expert, ragged_offsets, PARTS) + place + start.to(gl.int64) * stride
+                    a_start = block_start(block) + place + start.to(gl.int64) * stride
                     copy_rows(a_tile, a_start, stride, num_rows, stride)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             if PARTS == 2:
@@ -228,8 +292,9 @@ def produce_down(
             else:
                 copy_weights(w, k, col, bar, b_tile, B_BY_K)
             stage, phase = advance(stage, phase, STAGES)
-        tile = hand_out(schedule, number, turn)
-        turn += 1
+        line, width, offset, _, start, num_rows, col = tell_place(
+            schedule, tile_of(schedule, number), turn, tables, num_tiles_n, BLOCK_M, BLOCK_N, EVEN
+        )
     if not EVEN:
         async_copy.wait_group(0)
 
@@ -241,66 +306,66 @@ def finish_up(
     KEEP_ACT: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, schedule, pre, out, tables, ragged_offsets, H = operands
+    ring, schedule, buffers, pre, out, H = operands
     PARTS: gl.constexpr = 2 if GATED else 1
     TILE_N: gl.constexpr = BLOCK_N // PARTS
+    STORES: gl.constexpr = (PARTS if KEEP_PRE else 0) + (1 if KEEP_ACT else 0)
     stage = 0
     phase = 0
     turn = 0
-    tile = first_tile(schedule)
-    while tile >= 0:
-        expert, width, _, _, start, num_rows, col = locate(tile, tables, None, BLOCK_M, TILE_N, EVEN)
-        count = start + num_rows
+    line, width, _, _, start, num_rows, col = hear(schedule, turn)
+    while line >= 0:
+        turn += 1
         pitch = row_stride(width, EVEN)
-        first = (start + HALF * HALF_M).to(gl.int64)
-        num_rows -= HALF * HALF_M
+        rows = (start + HALF * HALF_M, num_rows - HALF * HALF_M, start + num_rows, pitch)
         acc, stage, phase = multiply(
-            ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+            ring, stage, phase, H // BLOCK_K, num_rows > HALF * HALF_M, HALF, BLOCK_N, STAGES, True, True, B_BY_K
         )
         tiles = pieces(acc)
-        pre_block = expert_block(pre, expert, ragged_offsets, PARTS)
-        out_block = expert_block(out, expert, ragged_offsets, 1)
+        pre_block = (pre, PARTS * line)
+        out_block = (out, line)
+        tma.store_wait(pendings=0)  # the tile before may have stored an odd number of pieces
         for p in gl.static_range(TILE_N // PIECE_N):
             at = col + p * PIECE_N
-            num_cols = pitch - at
-            if num_cols > 0:
+            if at < pitch:
                 gate = tiles[p] if EVEN else within(tiles[p], width - at)
                 if GATED:
                     up = tiles[p + 2] if EVEN else within(tiles[p + 2], width - at)
                 if KEEP_PRE:
-                    place, stride = place_of(0, at, count, pitch, PARTS, EVEN)
-                    store_own_rows(gate, pre_block + place + first * stride, stride, num_rows, num_cols)
+                    store_columns(buffers.index(2 * HALF + p * STORES % 2), gate, pre_block, rows, 0, at, PARTS, EVEN)
                 if KEEP_PRE and GATED:
-                    place, stride = place_of(1, at, count, pitch, PARTS, EVEN)
-                    store_own_rows(up, pre_block + place + first * stride, stride, num_rows, num_cols)
+                    buffer = buffers.index(2 * HALF + (p * STORES + 1) % 2)
+                    store_columns(buffer, up, pre_block, rows, 1, at, PARTS, EVEN)
                 if KEEP_ACT:
                     act = act_fwd(gate, ACTIVATION, True)
                     if GATED:
                         act *= up
-                    place, stride = place_of(0, at, count, pitch, 1, EVEN)
-                    store_own_rows(act, out_block + place + first * stride, stride, num_rows, num_cols)
-        tile = next_tile(schedule, turn)
-        turn += 1
+                    buffer = buffers.index(2 * HALF + (p * STORES + STORES - 1) % 2)
+                    store_columns(buffer, act, out_block, rows, 0, at, 1, EVEN)
+        line, width, _, _, start, num_rows, col = hear(schedule, turn)
+    tma.store_wait(pendings=0)
 
 
 @gluon.jit
 def grouped_gemm_up_hopper_kernel(
-    x, w1, w3, pre, out, widths, offsets, row_offsets, numbers, tiles, row_to_slot, ragged_offsets, H, stride_xt,
+    x, w1, w3, pre, pre_boxes, out, out_boxes, widths, offsets, row_offsets, numbers, tiles, row_to_slot,
+    ragged_offsets, H, stride_xt,
     TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, KEEP_PRE: gl.constexpr, KEEP_ACT: gl.constexpr,
     B_BY_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     TILE_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     ring = make_weights_ring(x.dtype.element_ty, True, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
-    tables = (widths, offsets, row_offsets, tiles)
+    buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
+    tables = (widths, offsets, row_offsets, ragged_offsets, tiles)
     schedule = make_schedule(numbers + 3, num_ragged_tiles(numbers, TILE_N))
-    consumer = (ring, schedule, pre, out, tables, ragged_offsets, H)
+    consumer = (ring, schedule, buffers, (pre, pre_boxes), (out, out_boxes), H)
     producer = (ring, schedule, x, w1, w3, tables, row_to_slot, H, stride_xt)
     gl.warp_specialize(
         [
             (finish_up, (consumer, 0, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
             (finish_up, (consumer, 1, ACTIVATION, GATED, KEEP_PRE, KEEP_ACT, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
-            (produce, (producer, TOP_K, B_BY_K, EVEN, BLOCK_M, BLOCK_N, TILE_N, STAGES)),
+            (produce, (producer, TOP_K, B_BY_K, EVEN, True, BLOCK_M, BLOCK_N, TILE_N, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -313,17 +378,18 @@ def finish_down(
     HALF: gl.constexpr, PARTS: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, schedule, buffers, y, y_boxes, tables, num_tiles_n, H = operands
+    ring, schedule, buffers, y, y_boxes, H = operands
     stage = 0
     phase = 0
     turn = 0
-    tile = first_tile(schedule)
-    while tile >= 0:
-        _, width, _, first_row, _, num_rows, col = locate(tile, tables, num_tiles_n, BLOCK_M, BLOCK_N, EVEN)
+    line, width, _, first_row, _, num_rows, col = hear(schedule, turn)
+    while line >= 0:
+        turn += 1
         num_rows -= HALF * HALF_M
         acc, stage, phase = multiply(
-            ring, stage, phase, PARTS * num_steps_of(width, EVEN), num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
-        )
+            ring, stage, phase, PARTS * num_steps_of(width, EVEN), num_rows > 0, HALF, BLOCK_N, STAGES, not EVEN,
+            True, B_BY_K,
+        )  # fmt: skip
         tiles = pieces(acc)
         first_row += HALF * HALF_M
         for p in gl.static_range(BLOCK_N // PIECE_N):
@@ -337,8 +403,7 @@ def finish_down(
             else:  # commits nothing, so a wait for all but the last store would not do
                 tma.store_wait(pendings=0)
                 store_rows(buffer, tiles[p], y + first_row.to(gl.int64) * H + at, H, num_rows, H - at)
-        tile = next_tile(schedule, turn)
-        turn += 1
+        line, width, _, first_row, _, num_rows, col = hear(schedule, turn)
     tma.store_wait(pendings=0)
 
 
@@ -351,9 +416,9 @@ def grouped_gemm_down_hopper_kernel(
     ring = make_weights_ring(a.dtype.element_ty, not EVEN, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(a.dtype.element_ty, 4, PIECE_N)
     schedule = make_schedule(numbers + 3, gl.load(numbers) * num_tiles_n)
-    tables = (widths, offsets, row_offsets, row_blocks)
-    consumer = (ring, schedule, buffers, y, y_boxes, tables, num_tiles_n, H)
-    producer = (ring, schedule, a, panels, w, w_up, tables, ragged_offsets, num_tiles_n)
+    tables = (widths, offsets, row_offsets, ragged_offsets, row_blocks)
+    consumer = (ring, schedule, buffers, y, y_boxes, H)
+    producer = (ring, schedule, a, panels, w, w_up, tables, num_tiles_n)
     gl.warp_specialize(
         [
             (finish_down, (consumer, 0, PARTS, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),

@@ -8,8 +8,6 @@ from triton.experimental.gluon import language as gl
 
 from triton_moe.kernels.activation import act_bwd, act_fwd
 from triton_moe.kernels.hopper.grouped_gemm import (
-    expert_block,
-    locate,
     make_weights_ring,
     num_ragged_tiles,
     place_of,
@@ -27,14 +25,13 @@ from triton_moe.kernels.hopper.pipeline import (
     copy_elements,
     copy_rows,
     fence_async_shared,
-    first_tile,
     halves,
+    hear,
     make_buffers,
     make_ring,
     make_schedule,
     mbarrier,
     multiply,
-    next_tile,
     pieces,
     store_box,
     store_rows,
@@ -69,8 +66,8 @@ def finish_dh(
     HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    (ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot,
-     ragged_offsets, num_partials, H) = operands  # fmt: skip
+    (ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, row_to_slot, num_partials,
+     H) = operands  # fmt: skip
     gate_in = buffers.index(4 * HALF)
     up_in = buffers.index(4 * HALF + 1)
     first_out = buffers.index(4 * HALF + 2)
@@ -79,17 +76,16 @@ def finish_dh(
     stage = 0
     phase = 0
     turn = 0
-    tile = first_tile(schedule)
-    while tile >= 0:
-        expert, width, _, first_row, start, num_rows, col = locate(tile, tables, None, BLOCK_M, BLOCK_N, EVEN)
+    line, width, _, first_row, start, num_rows, col = hear(schedule, turn)
+    while line >= 0:
+        turn += 1
         count = start + num_rows
         pitch = row_stride(width, EVEN)
         first_row += HALF * HALF_M
         start += HALF * HALF_M
         num_rows -= HALF * HALF_M
-        pre_block = expert_block(pre, expert, ragged_offsets, PARTS)
-        dpre_block = expert_block(dpre, expert, ragged_offsets, PARTS)
-        weighted_block = expert_block(act_weighted, expert, ragged_offsets, 1)
+        first = line.to(gl.int64) * PIECE_N
+        pre_block, dpre_block, weighted_block = pre + PARTS * first, dpre + PARTS * first, act_weighted + first
         num_cols = gl.minimum(pitch - col, BLOCK_N)
         own = (start, num_rows, count, pitch)
         copy_columns(gate_in, pre_block, own, 0, col, num_cols, PARTS, EVEN)
@@ -97,7 +93,7 @@ def finish_dh(
             copy_columns(up_in, pre_block, own, 1, col, num_cols, PARTS, EVEN)
         async_copy.commit_group()
         acc, stage, phase = multiply(
-            ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, B_BY_K
+            ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, True, B_BY_K
         )
         t0, t1, t2, t3 = pieces(acc)
         p0, p1 = halves(t0)
@@ -139,8 +135,7 @@ def finish_dh(
         slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
         partials = dweights_partial + slots.to(gl.int64) * num_partials + col // BLOCK_N
         gl.store(partials, dweights, mask=exists)
-        tile = next_tile(schedule, turn)
-        turn += 1
+        line, width, _, first_row, start, num_rows, col = hear(schedule, turn)
 
 
 @gluon.jit
@@ -154,17 +149,16 @@ def grouped_gemm_dh_hopper_kernel(
     ring = make_weights_ring(dout.dtype.element_ty, True, B_BY_K, BLOCK_M, BLOCK_N, STAGES)
     buffers = make_buffers(dout.dtype.element_ty, 8, DH_PIECE_N)
     schedule = make_schedule(numbers + 3, num_ragged_tiles(numbers, BLOCK_N))
-    tables = (widths, offsets, row_offsets, tiles)
+    tables = (widths, offsets, row_offsets, ragged_offsets, tiles)
     consumer = (
-        ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, tables, row_to_slot,
-        ragged_offsets, num_partials, H,
+        ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, row_to_slot, num_partials, H
     )  # fmt: skip
     producer = (ring, schedule, dout, w2, w2, tables, row_to_slot, H, stride_dt)
     gl.warp_specialize(
         [
             (finish_dh, (consumer, 0, ACTIVATION, GATED, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
             (finish_dh, (consumer, 1, ACTIVATION, GATED, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
-            (produce, (producer, TOP_K, B_BY_K, EVEN, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
+            (produce, (producer, TOP_K, B_BY_K, EVEN, False, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -312,7 +306,7 @@ def finish_dw(
             hidden += HALF * HALF_M
             inside = hidden < H
         acc, stage, phase = multiply(
-            ring, stage, phase, gl.cdiv(num_rows, BLOCK_K), inside, HALF, BLOCK_N, STAGES, False, False
+            ring, stage, phase, gl.cdiv(num_rows, BLOCK_K), inside, HALF, BLOCK_N, STAGES, True, False, False
         )
         tiles = pieces(acc)
         edges = (offset, width, H, stride_dh, stride_ds)

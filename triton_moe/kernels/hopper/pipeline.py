@@ -56,21 +56,6 @@ def wide_layout(columns):
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
-@gluon.constexpr_function
-def own_rows_layout(columns, half_way=False):
-    """64 rows where an accumulator has them: no row changes its warp. 16 bytes a thread, 64 bytes of a row at a time.
-    An accumulator's columns get there in two exchanges within fours of threads; half way, one is still to come."""
-    across = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
-    swapped = [[8, 0], [0, 16]] if half_way else [[0, 4], [8, 0]]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], *swapped, *across],
-        lane_bases=[[0, 8], [0, 4] if half_way else [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, int(columns)],
-    )
-
-
 @gluon.jit
 def make_ring(
     element: gl.constexpr, A_SHAPE_0: gl.constexpr, A_SHAPE_1: gl.constexpr, B_SHAPE_0: gl.constexpr,
@@ -92,66 +77,72 @@ def make_ring(
 
 @gluon.jit
 def make_schedule(counter, num_tiles):
-    """-> the counter, the number of tiles, two slots for tiles on their way from the producer to the consumers, and two
-    barriers a slot: told, by the producer; heard, by both consumers."""
-    tiles = gl.allocate_shared_memory(gl.int32, [2, PRODUCER_THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    """-> the counter, the number of tiles, memory for a number taken, two slots for places of tiles on their way from
+    the producer to the consumers, and two barriers a slot: told, by the producer; heard, by both consumers."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    taken = gl.allocate_shared_memory(gl.int32, [PRODUCER_THREADS], layout)
+    places = gl.allocate_shared_memory(gl.int32, [2, PRODUCER_THREADS], layout)
     told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(2):
         mbarrier.init(told.index(slot), count=1)
         mbarrier.init(heard.index(slot), count=2)
-    return counter, num_tiles, tiles, told, heard
-
-
-@gluon.jit
-def first_tile(schedule):
-    """A program's first tile, its own number; -1 if there are fewer."""
-    _, num_tiles, _, _, _ = schedule
-    return gl.where(gl.program_id(0) < num_tiles, gl.program_id(0), -1)
+    return counter, num_tiles, taken, places, told, heard
 
 
 @gluon.jit
 def take_number(schedule):
     """The counter's next number, in the first of the producer's threads. So no thread has to tell the others, and this
-    one goes on until `hand_out` needs the number."""
-    counter, _, _, _, _ = schedule
+    one goes on until `tile_of` needs the number."""
+    counter, _, _, _, _, _ = schedule
     threads = gl.arange(0, PRODUCER_THREADS, layout=THREADS_LAYOUT)
     one = gl.full((PRODUCER_THREADS,), 1, gl.int32, THREADS_LAYOUT)
     return gl.atomic_add(counter + 0 * threads, one, mask=threads == 0, sem="relaxed")
 
 
 @gluon.jit
-def hand_out(schedule, number, turn):
-    """The producer's next tile, by the number it took, -1 if there is none. Consumers are told.
+def tile_of(schedule, number):
+    """The tile of a number taken; a program's first is its own number. Beyond the last there is none.
 
     As many numbers are taken as there are tiles, one for each; the last leaves the counter at 0, as it was.
     """
-    counter, num_tiles, tiles, told, heard = schedule
+    counter, num_tiles, taken, _, _, _ = schedule
     threads = gl.arange(0, PRODUCER_THREADS, layout=THREADS_LAYOUT)
     gl.store(counter + 0 * threads, 0 * threads, mask=(threads == 0) & (number == num_tiles - 1))
-    tile = gl.num_programs(0) + number
+    taken.store(number)
+    return gl.num_programs(0) + scalar_at(taken, 0)
+
+
+@gluon.jit
+def scalar_at(memory, index: gl.constexpr):
+    return gl.max(memory.slice(index, 1).load(THREADS_LAYOUT), 0)
+
+
+@gluon.jit
+def tell(schedule, place, turn):
+    """Tell the consumers a tile's place, seven numbers. `turn` counts the calls."""
+    _, _, _, places, told, heard = schedule
     slot = turn % 2
+    threads = gl.arange(0, PRODUCER_THREADS, layout=THREADS_LAYOUT)
+    numbers = place[0] + 0 * threads
+    for i in gl.static_range(1, 7):
+        numbers = gl.where(threads == i, place[i], numbers)
     mbarrier.wait(heard.index(slot), turn // 2 % 2 ^ 1)
-    tiles.index(slot).store(gl.where(tile < num_tiles, tile, -1))
+    places.index(slot).store(numbers)
     mbarrier.arrive(told.index(slot), count=1)
-    return tile_told(tiles.index(slot))
 
 
 @gluon.jit
-def tile_told(slot):
-    """What the first thread stored there, as a scalar."""
-    return gl.max(slot.slice(0, 1).load(THREADS_LAYOUT), 0)
-
-
-@gluon.jit
-def next_tile(schedule, turn):
-    """A consumer's next tile, -1 if there is none. `turn` counts the calls; the first two are the slots' first."""
-    _, _, tiles, told, heard = schedule
+def hear(schedule, turn):
+    """What the producer told in the same turn."""
+    _, _, _, places, told, heard = schedule
     slot = turn % 2
+    place = places.index(slot)
     mbarrier.wait(told.index(slot), turn // 2 % 2)
-    tile = tile_told(tiles.index(slot))
+    line, width, offset = scalar_at(place, 0), scalar_at(place, 1), scalar_at(place, 2)
+    first_row, start, num_rows, col = scalar_at(place, 3), scalar_at(place, 4), scalar_at(place, 5), scalar_at(place, 6)
     mbarrier.arrive(heard.index(slot), count=1)
-    return tile
+    return line, width, offset, first_row, start, num_rows, col
 
 
 @gluon.jit
@@ -176,19 +167,21 @@ def before(stage, STAGES: gl.constexpr):
 @gluon.jit
 def multiply(
     ring, stage, phase, num_steps, has_rows,
-    HALF: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, A_BY_K: gl.constexpr, B_BY_K: gl.constexpr,
+    HALF: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BY_THREADS: gl.constexpr, A_BY_K: gl.constexpr,
+    B_BY_K: gl.constexpr,
 ):  # fmt: skip
     """Sum of `num_steps` stages' products (64, BLOCK_N) in fp32, and the ring's next stage and phase.
 
     A_BY_K, B_BY_K: the operand's tile is stored with the reduction contiguous. Without rows (`has_rows`) the stages
-    are released unread.
+    are released unread. BY_THREADS: threads copy too, and what they wrote must be seen by tensor cores and TMA.
     """
     a_tiles, b_tiles, ready, empty = ring
     acc = gl.zeros((HALF_M, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
     if has_rows:
         for step in range(num_steps):
             mbarrier.wait(ready.index(stage), phase)
-            fence_async_shared()
+            if BY_THREADS:
+                fence_async_shared()
             if A_BY_K:
                 a = a_tiles.index(stage).slice(HALF * HALF_M, HALF_M, 0)
             else:
@@ -203,7 +196,8 @@ def multiply(
     else:
         for _ in range(num_steps):
             mbarrier.wait(ready.index(stage), phase)
-            fence_async_shared()  # TMA may write where a thread has
+            if BY_THREADS:
+                fence_async_shared()
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
     return acc, stage, phase
@@ -248,19 +242,6 @@ def copy_rows(buffer, start, stride, num_rows, num_cols):
     layout: gl.constexpr = wide_layout(buffer.shape[1])
     pointers, mask = row_pointers(start, stride, num_rows, num_cols, buffer.shape[0], buffer.shape[1], layout)
     copy_elements(buffer, pointers, mask)
-
-
-@gluon.jit
-def store_own_rows(tile, start, stride, num_rows, num_cols):
-    """Store the part of an accumulator's piece within num_rows and num_cols; see `row_pointers`. Unlike `store_rows` it
-    needs no shared memory and no barrier: threads exchange their columns. The compiler does so for one exchange but not
-    for two, and would fold both into one conversion, were it not for the instruction between, which does nothing."""
-    half_way: gl.constexpr = own_rows_layout(tile.shape[1], True)
-    layout: gl.constexpr = own_rows_layout(tile.shape[1])
-    tile = gl.convert_layout(tile.to(start.dtype.element_ty), half_way)
-    tile = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2)
-    pointers, mask = row_pointers(start, stride, num_rows, num_cols, tile.shape[0], tile.shape[1], layout)
-    gl.store(pointers, gl.convert_layout(tile, layout), mask=mask)
 
 
 @gluon.jit
