@@ -229,19 +229,34 @@ def test_cases(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("activation_memory", ["bounded", "exact"])
 def test_memory_options_change_no_bit(case: Case, recompute: bool, activation_memory: str) -> None:
-    """Nor does a second backward pass, for which the pre-activation is computed anew."""
+    """Neither in a first backward pass nor in a second, for which the pre-activation is computed anew."""
     inputs = inputs_for(case, torch.bfloat16, "cuda")
     expected = run(kernels, inputs)
+    names = ("dx", "dtopk_weights", "dtopk_ids", "dw1", "dw2", "dw3")
+    first: dict[str, torch.Tensor | None] = {}
 
     def twice(x: torch.Tensor, *operands: torch.Tensor, **options: Any) -> torch.Tensor:
         out = kernels(x, *operands, recompute=recompute, activation_memory=activation_memory, **options)
         out.backward(inputs.dout, retain_graph=True)
-        for leaf in (x, *operands):
-            leaf.grad = None
+        for name, leaf in zip(names, (x, *operands), strict=True):
+            first[name], leaf.grad = leaf.grad, None
         return out
 
-    actual = run(twice, inputs)
-    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    second = run(twice, inputs)
+    assert first.pop("dtopk_ids") is None
+    assert {"out", *first} == expected.keys()
+    for results in (second, {**first, "out": second["out"]}):
+        assert all(torch.equal(value, results[name]) for name, value in expected.items())
+
+
+@pytest.mark.gpu
+@hopper_only
+def test_biases_go_to_the_portable_kernels() -> None:
+    case = Case(300, 192, (128, 64, 0, 40), 2, "swiglu", bias=True, reason="no Hopper kernels have biases")
+    inputs = inputs_for(case, torch.bfloat16, "cuda")
+    check_against_oracle(kernels, inputs)
+    portable = run(functools.partial(moe_mlp, backend="triton"), inputs)
+    assert all(torch.equal(value, portable[name]) for name, value in run(kernels, inputs).items())
 
 
 @pytest.mark.gpu
