@@ -18,8 +18,7 @@ from triton_moe.testing import Case, Inputs, check_against_oracle, poison_empty,
 pytest.importorskip("triton")
 
 MAX_SHARED_MEMORY = 232_448  # bytes of a block, CUDA programming guide, compute capability 9.0
-# Bytes of a thread, in dh alone, by activation; with every width a multiple of 64, and with any. With the former it is
-# what no tile changes, stored once a launch and read once a tile (dev/LOG.md).
+# Bytes of a thread, in dh alone, by activation; with every width a multiple of 64, and with any (dev/LOG.md).
 MAX_SPILL = {"silu": (4, 52), "gelu_tanh": (20, 220), "gelu": (4, 28), "relu": (36, 4), "relu_squared": (0, 0)}
 MAX_REGISTERS = 504  # of a producer's and two consumers' threads: a third of them, 168, is what a launch gives each
 kernels = functools.partial(moe_mlp, backend="hopper")

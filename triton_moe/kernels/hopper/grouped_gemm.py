@@ -118,7 +118,7 @@ def block_start(block):
 
 @gluon.jit
 def line_of(block, rows, part, col):
-    """Line of a consumer's first row in the panel of a part's column `col`."""
+    """Line of the first of `rows` in the panel of a part's column `col`."""
     _, line = block
     start, _, count, pitch = rows
     return line + (part * (pitch // PIECE_N) + col // PIECE_N) * count + start
@@ -126,22 +126,22 @@ def line_of(block, rows, part, col):
 
 @gluon.jit
 def store_columns(buffer, tile, block, rows, part, col, PARTS: gl.constexpr, EVEN: gl.constexpr):
-    """Start storing a part's columns from `col` on, of a consumer's `rows` of an expert's block, by way of `buffer`,
-    the one of two that was not used last.
+    """Start storing a part's 64 columns from `col` on, a multiple of 64, of a consumer's `rows` of an expert's block,
+    by way of `buffer`, the one of two that was not used last.
 
     64 rows of a panel go by TMA, other pieces by threads. `rows`: the consumer's first, how many there are from there
     on, those of the expert, `row_stride`.
     """
-    tma.store_wait(pendings=1)
     ragged, _ = block
     start, num_rows, count, pitch = rows
     boxed = num_rows >= HALF_M
     if not EVEN:
         boxed = boxed & (col // PIECE_N < pitch // PIECE_N)
     if boxed:
+        tma.store_wait(pendings=1)
         buffer.store(tile.to(buffer.dtype))
         fence_async_shared()
-        store_box(ragged[1], [line_of(block, rows, part, col), col % PIECE_N], buffer)
+        store_box(ragged[1], [line_of(block, rows, part, col), 0], buffer)
     else:  # commits nothing, so a later wait for all but the last store would not do
         tma.store_wait(pendings=0)
         place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
@@ -175,7 +175,8 @@ def copy_weights(w, k, n, bar, tile, B_BY_K: gl.constexpr):
 def tell_gathered(
     schedule, tile, turn, tables, row_to_slot, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, EVEN: gl.constexpr
 ):  # fmt: skip
-    """`tell_place`, and -> line, first column in the packed weights, slots of the rows."""
+    """`tell_place`, and -> line, the tile's first column in the packed weights, slots of its rows as `produce` has
+    them."""
     line, _, offset, first_row, _, num_rows, col = tell_place(
         schedule, tile, turn, tables, None, BLOCK_M, BLOCK_N, EVEN
     )
@@ -214,7 +215,7 @@ def produce(
             if step == gl.maximum(num_steps - 4, 0):
                 number = take_number(schedule)
             if AHEAD:  # noqa: SIM102 (one is known at compile time)
-                if step == gl.maximum(num_steps - 2, 0):
+                if step == gl.maximum(num_steps - 2, 0):  # from here on the next tile's; the pointers are this one's
                     tile = tile_of(schedule, number)
                     line, n, slots = tell_gathered(schedule, tile, turn, tables, row_to_slot, BLOCK_M, TILE_N, EVEN)
             bar = ready.index(stage)

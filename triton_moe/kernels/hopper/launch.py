@@ -153,13 +153,12 @@ def up_fwd(
     columns = BLOCK_N // 2 if gated else BLOCK_N
     tiles = _tiles(routing)
     w = _boxes(w1, columns, by_k)
-    pre, out = out if pre is None else pre, pre if out is None else out
-    assert pre is not None
-    assert out is not None
-    launch(
-        (programs,), x, w, w if w3 is None else _boxes(w3, columns, by_k), pre, _panels(pre, HALF_M.value), out,
-        _panels(out, HALF_M.value), tables.widths, tables.offsets, routing.row_offsets, tiles.numbers,
-        tiles.ragged[columns], routing.row_to_slot, routing.ragged_offsets, x.shape[1], x.stride(0),
+    kept = [buffer for buffer in (pre, out) if buffer is not None]
+    boxes = [_panels(buffer, HALF_M.value) for buffer in kept]
+    launch(  # of two that are not both kept, the kernel touches one
+        (programs,), x, w, w if w3 is None else _boxes(w3, columns, by_k), kept[0], boxes[0], kept[-1], boxes[-1],
+        tables.widths, tables.offsets, routing.row_offsets, tiles.numbers, tiles.ragged[columns], routing.row_to_slot,
+        routing.ragged_offsets, x.shape[1], x.stride(0),
     )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ A program stays on its multiprocessor and takes one tile after the other. It is 
 stage's two operand tiles into shared memory; each consumer multiplies its half of the rows, 64 x BLOCK_N, and finishes
 them while the other goes on. `ready` and `empty` are a barrier each a stage: its tiles are there; both have read them.
 
-Tiles are handed out in their order, by a counter. Programs that took every n-th drifted apart, some multiprocessors
-being slower, until what they read no longer fitted into the L2 together.
+Tiles are handed out in their order, by a counter: the producer finds a tile's place and tells the consumers. Programs
+that took every n-th, as `dw`'s do, drifted apart, some multiprocessors being slower, until what they read no longer
+fitted into the L2 together.
 """
 
 from __future__ import annotations
@@ -97,12 +98,14 @@ def take_number(schedule):
     counter, _, _, _, _, _ = schedule
     threads = gl.arange(0, PRODUCER_THREADS, layout=THREADS_LAYOUT)
     one = gl.full((PRODUCER_THREADS,), 1, gl.int32, THREADS_LAYOUT)
-    return gl.atomic_add(counter + 0 * threads, one, mask=threads == 0, sem="relaxed")
+    # An address for each thread, though one alone adds: were they the same, the warp would add as one, and wait.
+    return gl.atomic_add(counter + threads, one, mask=threads == 0, sem="relaxed")
 
 
 @gluon.jit
 def tile_of(schedule, number):
-    """The tile of a number taken; a program's first is its own number. Beyond the last there is none.
+    """The tile that a number taken stands for: programs begin with the tiles of their own numbers, so it is as many
+    further as there are programs, and may be past the last.
 
     As many numbers are taken as there are tiles, one for each; the last leaves the counter at 0, as it was.
     """
@@ -115,6 +118,7 @@ def tile_of(schedule, number):
 
 @gluon.jit
 def scalar_at(memory, index: gl.constexpr):
+    """An element of shared memory as a scalar: the largest of one."""
     return gl.max(memory.slice(index, 1).load(THREADS_LAYOUT), 0)
 
 
