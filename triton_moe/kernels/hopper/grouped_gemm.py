@@ -215,7 +215,8 @@ def produce(
             if step == gl.maximum(num_steps - 4, 0):
                 number = take_number(schedule)
             if AHEAD:  # noqa: SIM102 (one is known at compile time)
-                if step == gl.maximum(num_steps - 2, 0):  # from here on the next tile's; the pointers are this one's
+                if step == gl.maximum(num_steps - 2, 0):
+                    # From here on these are the next tile's; a_ptrs and first_col are this one's.
                     tile = tile_of(schedule, number)
                     line, n, slots = tell_gathered(schedule, tile, turn, tables, row_to_slot, BLOCK_M, TILE_N, EVEN)
             bar = ready.index(stage)
