@@ -97,6 +97,15 @@ def shape(row: dict[str, str]) -> str:
     return ", ".join(row[column] for column in ("T", "H", "sizes", "K", "activation") if column in row)
 
 
+SPREAD = "in brackets the slowest loop less the fastest"
+
+
+def both(row: dict[str, str]) -> str:
+    """Forward / step in milliseconds, with their spreads."""
+    kinds = ((row[f"{kind}_ms"], float(row[f"{kind}_spread_ms"])) for kind in ("forward", "step"))
+    return " / ".join(f"{milliseconds} ({spread:.2g})" for milliseconds, spread in kinds)
+
+
 def speed(rows: Rows) -> list[Table]:
     """A table a rival, a line a case of cases.py: forward / step in milliseconds."""
     rows, tables = [row for row in rows if row["case"] in CASES], []
@@ -107,13 +116,13 @@ def speed(rows: Rows) -> list[Table]:
         used = [row for case in cases for row in case]
         caption = (
             f"Forward / forward and backward in ms beside {name}, bf16, the same router, auxiliary losses off, medians "
-            f"of loops in which the contestants take turns ({machines(used)}; in the last line's run cuBLAS 8192^3 ran "
-            f"at {used[-1]['cublas_8192_tflops']} TFLOP/s, a torch add took {used[-1]['torch_add_us']} us of "
-            f"host time; `benchmarks/results/bench_moe.csv`)."
+            f"of loops in which the contestants take turns, {SPREAD} ({machines(used)}; in the last line's run cuBLAS "
+            f"8192^3 ran at {used[-1]['cublas_8192_tflops']} TFLOP/s, a torch add took {used[-1]['torch_add_us']} us "
+            f"of host time; `benchmarks/results/bench_moe.csv`)."
         )
         body, gpus = [], {row["gpu"] for row in used}
         for case in cases:
-            times = {row["contestant"]: f"{row['forward_ms']} / {row['step_ms']}" for row in case}
+            times = {row["contestant"]: both(row) for row in case}
             gpu = f" ({case[0]['gpu']})" if len(gpus) > 1 else ""
             body.append([shape(case[0]) + gpu, times[OURS], times[rival]])
         tables.append(Table(caption, ("T, H, sizes, K, activation", "this project", name), body))
@@ -129,16 +138,16 @@ def against_reference(rows: Rows) -> list[Table]:
         return []
     body = []
     for case in cases:
-        times = {row["contestant"]: [row[column] for column in ("forward_ms", "step_ms")] for row in case}
-        cells = [" / ".join(times[REFERENCE])]
+        of = {row["contestant"]: row for row in case}
+        cells = [both(of[REFERENCE])]
         for name in (OURS, OURS_AS_GRAPH):
-            ratios = (float(theirs) / float(mine) for theirs, mine in zip(times[REFERENCE], times[name], strict=True))
-            cells += [" / ".join(times[name]), " / ".join(f"{ratio:.1f}x" for ratio in ratios)]
+            ratios = (float(of[REFERENCE][kind]) / float(of[name][kind]) for kind in ("forward_ms", "step_ms"))
+            cells += [both(of[name]), " / ".join(f"{ratio:.1f}x" for ratio in ratios)]
         body.append([shape(case[0]), *cells])
     caption = (
         f"The starting document's configurations beside the block-sparse reference on stk: forward / forward and "
-        f"backward in ms, bf16; it reported {CLAIMED_SPEEDUPS} ({machines([row for case in cases for row in case])}; "
-        f"`bench_moe.csv`)."
+        f"backward in ms, {SPREAD}, bf16; it reported {CLAIMED_SPEEDUPS} "
+        f"({machines([row for case in cases for row in case])}; `bench_moe.csv`)."
     )
     header = ("T, H, sizes, K, activation", "reference", "this project", "", "as CUDA graphs", "")
     return [Table(caption, header, body)]

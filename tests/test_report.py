@@ -23,7 +23,7 @@ CASE = "8exp_uniform"
 
 def timed(contestant: str, forward: str, step: str, **changed: str) -> dict[str, str]:
     times = {"forward_ms": forward, "step_ms": step, "peak_MiB": "", "cublas_8192_tflops": "777", "torch_add_us": "9"}
-    times |= {"forward_tflops": "1", "step_tflops": "1"}
+    times |= {"forward_tflops": "1", "step_tflops": "1", "forward_spread_ms": "0.0123", "step_spread_ms": "2.34"}
     return {"case": CASE, "contestant": contestant, **SHAPE, **times, **MACHINE} | changed
 
 
@@ -115,10 +115,10 @@ def test_against_the_reference(folder: Path) -> None:
     assert [list(line) for line in table.body] == [
         [
             "4096, 256, 8x512, 2, relu_squared",
-            "2.125 / 4.25",
-            "0.25 / 0.85",
+            "2.125 (0.012) / 4.25 (2.3)",
+            "0.25 (0.012) / 0.85 (2.3)",
             "8.5x / 5.0x",
-            "0.0625 / 0.17",
+            "0.0625 (0.012) / 0.17 (2.3)",
             "34.0x / 25.0x",
         ]
     ]
@@ -150,7 +150,7 @@ def test_ratios_come_from_one_run() -> None:
     runs = (("1", "triton_moe"), ("1", "grouped_mm"), ("2", "triton_moe"), ("2", "grouped_mm"), ("3", "triton_moe"))
     rows = [timed(name, f"{name}{commit}", "s", commit=commit) for commit, name in runs]
     (table,) = tables.speed(rows)
-    assert table.markdown().endswith("| triton_moe2 / s | grouped_mm2 / s |")
+    assert table.markdown().endswith("| triton_moe2 (0.012) / s (2.3) | grouped_mm2 (0.012) / s (2.3) |")
 
 
 def test_commands_of_one_day_and_commit_are_told_apart() -> None:
