@@ -139,29 +139,43 @@ def test_checkpointing(use_reentrant: bool, device: str) -> None:
 
 
 def test_frozen_experts_cost_no_weight_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton_moe.kernels.tuning import forget
     from triton_moe.ops import moe_mlp as operator
     from triton_moe.ops import up_backward
 
-    calls = []
+    calls: list[list[bool]] = []
     dw = operator.grouped_gemm_dw
+
+    def watched(x: Tensor, d: Tensor, grads: Any, *args: Any) -> None:
+        calls.append([grad is not None for grad in grads])
+        dw(x, d, grads, *args)
+
     for module in (operator, up_backward):
-        monkeypatch.setattr(module, "grouped_gemm_dw", lambda *args: (calls.append(1), dw(*args)))
+        monkeypatch.setattr(module, "grouped_gemm_dw", watched)
     layer = layer_on(device)
-    x = torch.randn(40, 32, device=device, requires_grad=True)
-    layer(x)[0].sum().backward()
-    assert len(calls) == 2
-    expected, x.grad = x.grad, None
-    layer.zero_grad()
-    for weight in (layer.w1, layer.w2, layer.w3):
-        assert weight is not None
-        weight.requires_grad_(False)
-    layer(x)[0].sum().backward()
-    assert len(calls) == 2
-    assert layer.router.weight.grad is not None
-    assert layer.w1.grad is None
-    assert expected is not None
-    assert x.grad is not None
-    assert torch.equal(x.grad, expected)
+    x = torch.randn(40, 32, device=device)
+
+    def gradients_of(*names: str) -> dict[str, Tensor]:
+        forget()  # a repeated call would not come by here
+        calls.clear()
+        leaf = x.clone().requires_grad_()
+        for name in ("w1", "w2", "w3"):
+            getattr(layer, name).requires_grad_(name in names).grad = None
+        layer.router.weight.grad = None
+        layer(leaf)[0].sum().backward()
+        found = {name: getattr(layer, name).grad for name in ("w1", "w2", "w3")}
+        return found | {"x": leaf.grad, "router": layer.router.weight.grad}
+
+    expected = gradients_of("w1", "w2", "w3")
+    assert calls == [[True], [True, True]]
+    for names, made in (
+        ((), []), (("w2",), [[True]]), (("w1",), [[True, False]]), (("w3",), [[False, True]]),
+        (("w1", "w3"), [[True, True]]),
+    ):  # fmt: skip
+        found = gradients_of(*names)
+        assert calls == made, names
+        for name, grad in found.items():
+            assert torch.equal(grad, expected[name]) if name in (*names, "x", "router") else grad is None, name
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

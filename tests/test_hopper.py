@@ -66,8 +66,11 @@ def launch_all(routing, dtype, activation, turned=False, of_dh_alone=False):
         return
     hopper.up_fwd(x, w1, up, one, pre, routing, activation)
     hopper.down_fwd(one, w2, None, y, routing)
-    hopper.dw(x, one, w2.t(), None, routing)
-    hopper.dw(x, pre, w1, up, routing)
+    grads = [w1, up] if gated else [w1]
+    hopper.dw(x, one, [w2.t()], routing, PARTS=1, FIRST=0, WANTED=1)
+    hopper.dw(x, pre, grads, routing, PARTS=1 + gated, FIRST=0, WANTED=len(grads))
+    if gated:
+        hopper.dw(x, pre, [up], routing, PARTS=2, FIRST=1, WANTED=1)
     hopper.down_fwd(pre, w1.t(), None if up is None else up.t(), y, routing)
 
 for activation in ("swiglu", "relu_squared"):
@@ -246,6 +249,23 @@ def test_memory_options_change_no_bit(case: Case, recompute: bool, activation_me
     assert {"out", *first} == expected.keys()
     for results in (second, {**first, "out": second["out"]}):
         assert all(torch.equal(value, results[name]) for name, value in expected.items())
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("wanted", ["w1", "w3"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[13]], ids=lambda case: case.reason)
+def test_the_gradient_of_one_part_alone(case: Case, wanted: str) -> None:
+    """The other's weight is frozen: the same bits, whichever way the weights lie."""
+    inputs = inputs_for(case, torch.bfloat16, "cuda")
+    expected = run(kernels, inputs)[f"d{wanted}"]
+    for given in (inputs, turned(inputs)):
+        operands = {name: value for name, value in vars(given).items() if name != "dout"}
+        leaf = operands[wanted].detach().requires_grad_()
+        with poison_empty():
+            kernels(**{**operands, wanted: leaf}).backward(inputs.dout)
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, expected)
 
 
 @pytest.mark.gpu

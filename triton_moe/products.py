@@ -81,7 +81,7 @@ def products(
     def dh() -> None:
         of_dh[:] = grouped_gemm_dh(dout, w2, pre, weights, routing, activation, dpre)
 
-    both = [dw1] if dw3 is None else [dw1, dw3]
+    of_up = [dw1] if dw3 is None else [dw1, dw3]
     up_t = None if w3 is None else w3.t()
     sums: dict[str, Tensor] = {}
     routed: list[Tensor] = [routing.packed]  # type: ignore[list-item]
@@ -121,9 +121,9 @@ def products(
             dh, lambda: [*of_dh, dpre], 1, t + w + (2 * parts + 1) * a,
             lambda of: [in_order(of[0], 1), of[1], in_order(of[2], parts)],
         ),
-        "dw2": product(lambda: grouped_gemm_dw(dout, act, dw2.t(), None, routing), lambda: [dw2], 1, t + a + w),
+        "dw2": product(lambda: grouped_gemm_dw(dout, act, (dw2.t(),), routing), lambda: [dw2], 1, t + a + w),
         "dw1": product(
-            lambda: grouped_gemm_dw(x, pre, dw1, dw3, routing), lambda: both, parts, t + parts * (a + w)
+            lambda: grouped_gemm_dw(x, pre, of_up, routing), lambda: of_up, parts, t + parts * (a + w)
         ),
         "dx": product(
             lambda: grouped_gemm_down_fwd(pre, w1.t(), up_t, dx_rows, routing), lambda: [dx_rows], parts,

@@ -9,6 +9,7 @@ reduction.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,18 +124,19 @@ def sum_partials_kernel(
 def grouped_gemm_dw_kernel(
     x, d, dw, dw_up, H, stride_xt, stride_wh, stride_ws,
     widths, offsets, row_to_slot, row_offsets, ragged_offsets, expert_order, num_tiles_m, num_tiles_n,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr, WANTED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dw_e[h, i] = sum over the expert's rows of x[row, h] * d[row, i]; an expert without rows gets zeros.
 
-    x is dense, `(T, H)` gathered or `(R, H)`; d is ragged, its second part belongs to dw_up.
+    x is dense, `(T, H)` gathered or `(R, H)`; d is ragged, of PARTS, WANTED of which from FIRST on have gradients: the
+    first dw, a second dw_up.
     """
     tile_n = tl.program_id(0) % num_tiles_n
-    part = tl.program_id(0) // num_tiles_n % PARTS
-    tile_m = tl.program_id(0) // (num_tiles_n * PARTS) % num_tiles_m
-    expert = tl.load(expert_order + tl.program_id(0) // (num_tiles_n * PARTS * num_tiles_m))
+    part = FIRST + tl.program_id(0) // num_tiles_n % WANTED
+    tile_m = tl.program_id(0) // (num_tiles_n * WANTED) % num_tiles_m
+    expert = tl.load(expert_order + tl.program_id(0) // (num_tiles_n * WANTED * num_tiles_m))
     width, pitch, offset = expert_columns(expert, widths, offsets, WIDTH_ALIGN)
     if tile_n * BLOCK_N >= width:
         return
@@ -160,7 +162,7 @@ def grouped_gemm_dw_kernel(
         acc, lost = accumulate(acc, lost, tl.trans(x_tile), d_tile, INPUT_PRECISION)
     offsets_w = hidden.to(tl.int64)[:, None] * stride_wh + ((offset + cols) * stride_ws)[None, :]
     mask = hidden_mask[:, None] & col_mask[None, :]
-    if part == 0:
+    if part == FIRST:
         tl.store(dw + offsets_w, acc.to(dw.dtype.element_ty), mask=mask)
     else:
         tl.store(dw_up + offsets_w, acc.to(dw.dtype.element_ty), mask=mask)
@@ -250,24 +252,26 @@ def _dw_launcher(
 
 
 def grouped_gemm_dw(
-    x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing, gathered: bool = True
+    x: Tensor, d: Tensor, grads: Sequence[Tensor | None], routing: Routing, gathered: bool = True
 ) -> None:
-    """Fill `dw (H, S)`, and `dw_up` with the second part of the ragged `d`, with the gradients `x_e^T d_e`.
+    """Fill the gradients `x_e^T d_e (H, S)`, one for each part of the ragged `d`, but those that are None.
 
-    x is `(T, H)`, or `(R, H)` in expert order if not `gathered`. dw has any strides (w2's gradient is given
-    transposed), dw_up has dw's.
+    x is `(T, H)`, or `(R, H)` in expert order if not `gathered`. The gradients have any strides (w2's is given
+    transposed), two have the same.
     """
-    x, hidden_size, parts = rows_contiguous(x), x.shape[1], 1 if dw_up is None else 2
+    x, hidden_size = rows_contiguous(x), x.shape[1]
+    wanted = [grad for grad in grads if grad is not None]
+    options: dict[str, int] = {"PARTS": len(grads), "FIRST": int(grads[0] is None), "WANTED": len(wanted)}
     if routing.panels:
         assert gathered
-        hopper.dw(x, d, dw, dw_up, routing)
+        hopper.dw(x, d, wanted, routing, **options)
         return
     launch, tables, num_tiles_m, num_tiles_n = _dw_launcher(
-        routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, PARTS=parts,
+        routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, **options,
         INPUT_PRECISION=input_precision(x.dtype, x.device),
     )  # fmt: skip
     launch(
-        (routing.layout.num_experts * num_tiles_m * parts * num_tiles_n,), x, d, dw, dw if dw_up is None else dw_up,
-        hidden_size, x.stride(0), *dw.stride(), tables.widths, tables.offsets, routing.row_to_slot,
+        (routing.layout.num_experts * num_tiles_m * len(wanted) * num_tiles_n,), x, d, wanted[0], wanted[-1],
+        hidden_size, x.stride(0), *wanted[0].stride(), tables.widths, tables.offsets, routing.row_to_slot,
         routing.row_offsets, routing.ragged_offsets, routing.expert_order, num_tiles_m, num_tiles_n,
     )  # fmt: skip

@@ -164,7 +164,7 @@ def _up_backward_impl(
     """-> those of dx, dw1 and dw3 that are needed."""
     routing = _whole(topk_ids, packed, widths)
     dpre = activation_bwd(pre, dout, routing, activation)
-    grads = up_backward(dpre, x, w1, w3, routing, needs[0], needs[1] or needs[2])
+    grads = up_backward(dpre, x, w1, w3, routing, *needs)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
 
 
@@ -226,7 +226,7 @@ def _down_backward_impl(
         grads.append(dx_up)
     if needs[1]:
         dw2 = torch.empty_like(w2)
-        grouped_gemm_dw(dy, x_up.contiguous(), dw2.t(), None, routing, gathered=False)
+        grouped_gemm_dw(dy, x_up.contiguous(), (dw2.t(),), routing, gathered=False)
         grads.append(dw2)
     return grads
 

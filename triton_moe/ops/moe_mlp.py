@@ -127,13 +127,13 @@ def gradients(
     dw2 = None
     if need_w2:
         dw2 = torch.empty_like(w2)
-        grouped_gemm_dw(dout, act_weighted, dw2.t(), None, routing)
+        grouped_gemm_dw(dout, act_weighted, (dw2.t(),), routing)
     del act_weighted
     db1 = db3 = None
     if partials is not None:
         db1, db3 = up_bias_bwd(partials, routing, _parts(w3), x.dtype, need_b1, need_b3)
     db2 = down_bias_bwd(dout, topk_weights, routing) if need_b2 else None
-    dx, dw1, dw3 = up_backward(dpre, x, w1, w3, routing, need_x, need_w1 or need_w3, consume=True)
+    dx, dw1, dw3 = up_backward(dpre, x, w1, w3, routing, need_x, need_w1, need_w3, consume=True)
     grads = (dx, dweights, dw1, dw2, dw3, db1, db2, db3)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
 

@@ -13,18 +13,18 @@ from triton_moe.layout import Routing
 
 
 def up_backward(
-    dpre: Tensor, x: Tensor, w1: Tensor, w3: Tensor | None, routing: Routing, need_x: bool, need_weights: bool,
+    dpre: Tensor, x: Tensor, w1: Tensor, w3: Tensor | None, routing: Routing, need_x: bool, need_w1: bool, need_w3: bool,
     consume: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradient of the pre-activation (ragged) -> those of x `(T, H)`, w1 and w3 `(H, S)`, as far as they are needed.
 
     `consume`: dpre's memory is given back once it has been used, whoever else holds the tensor.
     """
-    dx = dw1 = dw3 = None
-    if need_weights:
-        dw1 = torch.empty_like(w1)
-        dw3 = None if w3 is None else torch.empty_like(w1)
-        grouped_gemm_dw(x, dpre, dw1, dw3, routing)
+    dx = None
+    dw1 = torch.empty_like(w1) if need_w1 else None
+    dw3 = torch.empty_like(w1) if need_w3 else None
+    if need_w1 or need_w3:
+        grouped_gemm_dw(x, dpre, (dw1,) if w3 is None else (dw1, dw3), routing)
     if need_x:
         dx_rows = x.new_empty(routing.num_rows, x.shape[1])
         grouped_gemm_down_fwd(dpre, w1.t(), None if w3 is None else w3.t(), dx_rows, routing)

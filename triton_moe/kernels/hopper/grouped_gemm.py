@@ -125,15 +125,28 @@ def line_of(block, rows, part, col):
 
 
 @gluon.jit
-def store_columns(buffer, tile, block, rows, part, col, PARTS: gl.constexpr, EVEN: gl.constexpr):
-    """Start storing a part's 64 columns from `col` on, a multiple of 64, of a consumer's `rows` of an expert's block,
-    by way of `buffer`, the one of two that was not used last.
+def copy_columns(buffer, start, rows, part, col, num_cols, PARTS: gl.constexpr, EVEN: gl.constexpr):
+    """Start copying a part's columns from `col` on, of one panel, to `buffer`: `rows` of the block that begins at
+    `start`. `rows`: the first, how many there are from there on, those of the expert, `row_stride`."""
+    first, num_rows, count, pitch = rows
+    place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
+    copy_rows(buffer, start + place + first.to(gl.int64) * stride, stride, num_rows, num_cols)
 
-    64 rows of a panel go by TMA, other pieces by threads. `rows`: the consumer's first, how many there are from there
-    on, those of the expert, `row_stride`.
-    """
+
+@gluon.jit
+def store_columns(buffer, tile, start, rows, part, col, num_cols, PARTS: gl.constexpr, EVEN: gl.constexpr):
+    """Store a tile there, by way of `buffer`."""
+    first, num_rows, count, pitch = rows
+    place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
+    store_rows(buffer, tile, start + place + first.to(gl.int64) * stride, stride, num_rows, num_cols)
+
+
+@gluon.jit
+def store_panel(buffer, tile, block, rows, part, col, PARTS: gl.constexpr, EVEN: gl.constexpr):
+    """Start storing a part's 64 columns from `col` on, a multiple of 64, of a consumer's `rows` of an expert's block,
+    by way of `buffer`, the one of two that was not used last. 64 rows of a panel go by TMA, other pieces by threads."""
     ragged, _ = block
-    start, num_rows, count, pitch = rows
+    _, num_rows, _, pitch = rows
     boxed = num_rows >= HALF_M
     if not EVEN:
         boxed = boxed & (col // PIECE_N < pitch // PIECE_N)
@@ -144,9 +157,7 @@ def store_columns(buffer, tile, block, rows, part, col, PARTS: gl.constexpr, EVE
         store_box(ragged[1], [line_of(block, rows, part, col), 0], buffer)
     else:  # commits nothing, so a later wait for all but the last store would not do
         tma.store_wait(pendings=0)
-        place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
-        first = block_start(block) + place + start.to(gl.int64) * stride
-        store_rows(buffer, tile, first, stride, num_rows, pitch - col)
+        store_columns(buffer, tile, block_start(block), rows, part, col, pitch - col, PARTS, EVEN)
 
 
 @gluon.jit
@@ -282,9 +293,8 @@ def produce_down(
                     copy_box(panels, [panel_line, 0], bar, a_tile)
                 else:
                     mbarrier.expect(bar, ELEMENT_BYTES * BLOCK_K * BLOCK_N)
-                    place, stride = place_of(part, panel * BLOCK_K, count, pitch, PARTS, EVEN)
-                    a_start = block_start(block) + place + start.to(gl.int64) * stride
-                    copy_rows(a_tile, a_start, stride, num_rows, stride)
+                    col_in = panel * BLOCK_K
+                    copy_columns(a_tile, block_start(block), rows, part, col_in, pitch - col_in, PARTS, EVEN)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             if PARTS == 2:
                 if part == 0:
@@ -334,16 +344,16 @@ def finish_up(
                 if GATED:
                     up = tiles[p + 2] if EVEN else within(tiles[p + 2], width - at)
                 if KEEP_PRE:
-                    store_columns(buffers.index(2 * HALF + p * STORES % 2), gate, pre_block, rows, 0, at, PARTS, EVEN)
+                    store_panel(buffers.index(2 * HALF + p * STORES % 2), gate, pre_block, rows, 0, at, PARTS, EVEN)
                 if KEEP_PRE and GATED:
                     buffer = buffers.index(2 * HALF + (p * STORES + 1) % 2)
-                    store_columns(buffer, up, pre_block, rows, 1, at, PARTS, EVEN)
+                    store_panel(buffer, up, pre_block, rows, 1, at, PARTS, EVEN)
                 if KEEP_ACT:
                     act = act_fwd(gate, ACTIVATION, True)
                     if GATED:
                         act *= up
                     buffer = buffers.index(2 * HALF + (p * STORES + STORES - 1) % 2)
-                    store_columns(buffer, act, out_block, rows, 0, at, 1, EVEN)
+                    store_panel(buffer, act, out_block, rows, 0, at, 1, EVEN)
         line, width, _, _, start, num_rows, col = hear(schedule, turn)
     tma.store_wait(pendings=0)
 

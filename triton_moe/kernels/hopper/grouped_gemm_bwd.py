@@ -8,11 +8,13 @@ from triton.experimental.gluon import language as gl
 
 from triton_moe.kernels.activation import act_bwd, act_fwd
 from triton_moe.kernels.hopper.grouped_gemm import (
+    copy_columns,
     make_weights_ring,
     num_ragged_tiles,
     place_of,
     produce,
     row_stride,
+    store_columns,
 )
 from triton_moe.kernels.hopper.pipeline import (
     BLOCK_K,
@@ -23,7 +25,6 @@ from triton_moe.kernels.hopper.pipeline import (
     async_copy,
     copy_box,
     copy_elements,
-    copy_rows,
     fence_async_shared,
     halves,
     hear,
@@ -34,7 +35,6 @@ from triton_moe.kernels.hopper.pipeline import (
     multiply,
     pieces,
     store_box,
-    store_rows,
     tma,
     wide_layout,
     within,
@@ -42,22 +42,6 @@ from triton_moe.kernels.hopper.pipeline import (
 
 DH_PIECE_N = gl.constexpr(32)
 """Columns that a consumer of dh finishes at a time: with more, its registers would not suffice."""
-
-
-@gluon.jit
-def copy_columns(buffer, block, rows, part, col, num_cols, PARTS: gl.constexpr, EVEN: gl.constexpr):
-    """Start copying columns of a part from `col` on, of this consumer's `rows` of an expert's block, to `buffer`."""
-    start, num_rows, count, pitch = rows
-    place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
-    copy_rows(buffer, block + place + start.to(gl.int64) * stride, stride, num_rows, num_cols)
-
-
-@gluon.jit
-def store_columns(buffer, tile, block, rows, part, col, num_cols, PARTS: gl.constexpr, EVEN: gl.constexpr):
-    """Store a tile there, by way of `buffer`."""
-    start, num_rows, count, pitch = rows
-    place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
-    store_rows(buffer, tile, block + place + start.to(gl.int64) * stride, stride, num_rows, num_cols)
 
 
 @gluon.jit
@@ -173,17 +157,17 @@ def part_span(width, EVEN: gl.constexpr):
 
 @gluon.jit
 def locate_dw(
-    tile, tables, num_tiles_h, PARTS: gl.constexpr, RAGGED_M: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr,
+    tile, tables, num_tiles_h, WANTED: gl.constexpr, RAGGED_M: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """-> a tile's expert, its width, first column in the packed weights, first row, rows, and the tile's place in the
-    hidden dimension and in the expert's parts (`part_span`). Along the former there are `num_tiles_h` tiles."""
+    hidden dimension and in the expert's wanted parts (`part_span`). Along the former there are `num_tiles_h` tiles."""
     widths, offsets, row_offsets, parts = tables
-    entry = parts + 2 * (tile // num_tiles_h // (PARTS if RAGGED_M else 1))
+    entry = parts + 2 * (tile // num_tiles_h // (WANTED if RAGGED_M else 1))
     expert = gl.load(entry)
     part = gl.load(entry + 1)
-    if RAGGED_M:  # an entry's BLOCK_M columns are as many tiles as there are parts
-        inner = (part * PARTS + tile // num_tiles_h % PARTS) * BLOCK_M
+    if RAGGED_M:  # an entry's BLOCK_M columns are as many tiles as parts are wanted
+        inner = (part * WANTED + tile // num_tiles_h % WANTED) * BLOCK_M
         hidden = tile % num_tiles_h * BLOCK_N
     else:
         inner = part * BLOCK_N
@@ -205,8 +189,8 @@ def slots_of(row_to_slot, first_row, rows, start, num_rows):
 @gluon.jit
 def produce_dw(
     operands,
-    PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, FIRST: gl.constexpr, WANTED: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr,
+    EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     ring, x, d, panels, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt = operands
     a_tiles, b_tiles, ready, empty = ring
@@ -219,13 +203,14 @@ def produce_dw(
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, width, _, first_row, num_rows, hidden, inner = locate_dw(
-            tile, tables, num_tiles_h, PARTS, RAGGED_M, EVEN, BLOCK_M, BLOCK_N
+            tile, tables, num_tiles_h, WANTED, RAGGED_M, EVEN, BLOCK_M, BLOCK_N
         )
         offset = PARTS * gl.load(ragged_offsets + expert)
+        inner += FIRST * part_span(width, EVEN)
         if EVEN:
             line = (offset // PIECE_N).to(gl.int32) + inner // PIECE_N * num_rows
         else:
-            columns = columns_of_parts(d + offset, inner, width, num_rows, D_COLUMNS, PARTS, EVEN)
+            columns = columns_of_parts(d + offset, inner, width, num_rows, D_COLUMNS, PARTS, FIRST + WANTED, EVEN)
         inside = (cols // 8 < (H - hidden) // 8)[None, :]
         # Asked for two steps ahead and before the wait for a stage: the producer must not wait for these as well.
         slots = slots_of(row_to_slot, first_row, rows, 0, num_rows)
@@ -247,7 +232,7 @@ def produce_dw(
                         piece = d_tile.slice(p * PIECE_N, PIECE_N, 1)
                         copy_box(panels, [line + p * num_rows + step * BLOCK_K, 0], bar, piece)
                 else:
-                    last = columns_of_parts(d + offset, inner, width, num_rows, D_COLUMNS, PARTS, EVEN)
+                    last = columns_of_parts(d + offset, inner, width, num_rows, D_COLUMNS, PARTS, FIRST + WANTED, EVEN)
                     copy_columns_of_parts(d_tile, last, step * BLOCK_K, num_rows)
                     mbarrier.arrive(bar, count=1)
             else:
@@ -261,10 +246,10 @@ def produce_dw(
 
 @gluon.jit
 def columns_of_parts(
-    block, inner, width, count, COLUMNS: gl.constexpr, PARTS: gl.constexpr, EVEN: gl.constexpr
+    block, inner, width, count, COLUMNS: gl.constexpr, PARTS: gl.constexpr, END: gl.constexpr, EVEN: gl.constexpr
 ):  # fmt: skip
     """-> for each of a tile's columns, from `inner` on (`part_span`): pointer to it in the first row of an expert's
-    block, elements from row to row, and whether it exists."""
+    block, elements from row to row, and whether it exists, in a part before END."""
     cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide_layout(COLUMNS)))
     pitch, eighths = row_stride(width, EVEN), part_span(width, EVEN) // 8
     # In steps of 8, for the compiler to see what is the same for a thread's 16 bytes.
@@ -272,7 +257,7 @@ def columns_of_parts(
     part = eighth // eighths
     eighth -= part * eighths
     place, stride = place_of(part, eighth * 8 + cols % 8, count, pitch, PARTS, EVEN)
-    return block + place, stride + 0 * cols, (eighth < pitch // 8) & (part < PARTS)
+    return block + place, stride + 0 * cols, (eighth < pitch // 8) & (part < END)
 
 
 @gluon.jit
@@ -288,20 +273,20 @@ def copy_columns_of_parts(tile, columns, row, count):
 @gluon.jit
 def finish_dw(
     operands,
-    HALF: gl.constexpr, PARTS: gl.constexpr, RAGGED_M: gl.constexpr, EVEN: gl.constexpr, BOXED: gl.constexpr,
+    HALF: gl.constexpr, WANTED: gl.constexpr, RAGGED_M: gl.constexpr, EVEN: gl.constexpr, BOXED: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    ring, buffers, gate, up, tables, num_tiles, num_tiles_h, H, stride_dh, stride_ds = operands
+    ring, buffers, first, second, tables, num_tiles, num_tiles_h, H, stride_dh, stride_ds = operands
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         _, width, offset, _, num_rows, hidden, inner = locate_dw(
-            tile, tables, num_tiles_h, PARTS, RAGGED_M, EVEN, BLOCK_M, BLOCK_N
+            tile, tables, num_tiles_h, WANTED, RAGGED_M, EVEN, BLOCK_M, BLOCK_N
         )
         span = part_span(width, EVEN)
         if RAGGED_M:
             inner += HALF * HALF_M
-            inside = inner < PARTS * span
+            inside = inner < WANTED * span
         else:
             hidden += HALF * HALF_M
             inside = hidden < H
@@ -311,16 +296,16 @@ def finish_dw(
         tiles = pieces(acc)
         edges = (offset, width, H, stride_dh, stride_ds)
         for p in gl.static_range(BLOCK_N // PIECE_N):
-            if inside & (inner < PARTS * span):
+            if inside & (inner < WANTED * span):
                 buffer = buffers.index(2 * HALF + p % 2)
                 # The tile before may have stored an odd number of pieces, and one at an edge is none of these.
                 tma.store_wait(pendings=1 if EVEN and p > 0 else 0)
                 buffer.store(tiles[p].to(buffer.dtype))
                 fence_async_shared()
                 if inner < span:
-                    store_piece(gate, buffer, hidden, inner, edges, RAGGED_M, EVEN, BOXED)
+                    store_piece(first, buffer, hidden, inner, edges, RAGGED_M, EVEN, BOXED)
                 else:
-                    store_piece(up, buffer, hidden, inner - span, edges, RAGGED_M, EVEN, BOXED)
+                    store_piece(second, buffer, hidden, inner - span, edges, RAGGED_M, EVEN, BOXED)
             if RAGGED_M:
                 hidden += PIECE_N
             else:
@@ -382,22 +367,22 @@ def store_edge(dw, buffer, hidden, column, edges, RAGGED_M: gl.constexpr):
 def grouped_gemm_dw_hopper_kernel(
     x, d, panels, dw, dw_up, boxes, up_boxes, widths, offsets, row_offsets, tiles, row_to_slot, ragged_offsets, H,
     stride_xt, stride_dh, stride_ds, num_tiles, num_tiles_h,
-    PARTS: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr, EVEN: gl.constexpr, BOXED: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, FIRST: gl.constexpr, WANTED: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr,
+    EVEN: gl.constexpr, BOXED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     READY_COUNT: gl.constexpr = PRODUCER_THREADS + 1 if EVEN else PRODUCER_THREADS
     ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, READY_COUNT)
     buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, tiles)
-    gate, up = (dw, boxes), (dw_up, up_boxes)
-    consumer = (ring, buffers, gate, up, tables, num_tiles, num_tiles_h, H, stride_dh, stride_ds)
+    first, second = (dw, boxes), (dw_up, up_boxes)
+    consumer = (ring, buffers, first, second, tables, num_tiles, num_tiles_h, H, stride_dh, stride_ds)
     producer = (ring, x, d, panels, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt)
     gl.warp_specialize(
         [
-            (finish_dw, (consumer, 0, PARTS, RAGGED_M, EVEN, BOXED, BLOCK_M, BLOCK_N, STAGES)),
-            (finish_dw, (consumer, 1, PARTS, RAGGED_M, EVEN, BOXED, BLOCK_M, BLOCK_N, STAGES)),
-            (produce_dw, (producer, PARTS, RAGGED_M, TOP_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_dw, (consumer, 0, WANTED, RAGGED_M, EVEN, BOXED, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_dw, (consumer, 1, WANTED, RAGGED_M, EVEN, BOXED, BLOCK_M, BLOCK_N, STAGES)),
+            (produce_dw, (producer, PARTS, FIRST, WANTED, RAGGED_M, TOP_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -198,22 +199,22 @@ def dh(
     )  # fmt: skip
 
 
-def dw(x: Tensor, d: Tensor, dw: Tensor, dw_up: Tensor | None, routing: Routing) -> None:
-    x, layout, hidden_size = _straight(x), routing.layout, x.shape[1]
-    parts, ragged_m = 1 if dw_up is None else 2, dw.stride(1) != 1
-    boxed = all(_in_boxes(w, layout) for w in (dw, dw_up) if w is not None)
+def dw(x: Tensor, d: Tensor, grads: Sequence[Tensor], routing: Routing, **parts: int) -> None:
+    """`parts`: how many d has, the first of which a gradient is wanted, how many are."""
+    x, layout, hidden_size, first = _straight(x), routing.layout, x.shape[1], grads[0]
+    ragged_m = first.stride(1) != 1
+    boxed = all(_in_boxes(grad, layout) for grad in grads)
     launch, tables, programs = _launcher(
-        grouped_gemm_dw_hopper_kernel, "dw", layout, x.device, PARTS=parts, RAGGED_M=ragged_m,
-        TOP_K=routing.top_k, BOXED=boxed,
+        grouped_gemm_dw_hopper_kernel, "dw", layout, x.device, **parts, RAGGED_M=ragged_m, TOP_K=routing.top_k,
+        BOXED=boxed,
     )  # fmt: skip
-    columns = BLOCK_M if ragged_m else BLOCK_N // parts
+    columns = BLOCK_M if ragged_m else BLOCK_N // len(grads)
     num_tiles_h = cdiv(hidden_size, BLOCK_N if ragged_m else BLOCK_M)
-    num_tiles = layout.num_column_blocks(columns) * (parts if ragged_m else 1) * num_tiles_h
-    boxes = _piece_boxes(dw.t() if ragged_m else dw) if boxed else dw
-    up_boxes = boxes if dw_up is None or not boxed else _piece_boxes(dw_up.t() if ragged_m else dw_up)
+    num_tiles = layout.num_column_blocks(columns) * (len(grads) if ragged_m else 1) * num_tiles_h
+    boxes = [_piece_boxes(grad.t() if ragged_m else grad) if boxed else grad for grad in grads]
     panels = _panels(d, _BLOCK_K) if divides_widths(_BLOCK_K, layout) else d
     launch(
-        (programs,), x, d, panels, dw, dw if dw_up is None else dw_up, boxes, up_boxes, tables.widths,
-        tables.offsets, routing.row_offsets, _tiles(routing).weights[columns], routing.row_to_slot,
-        routing.ragged_offsets, hidden_size, x.stride(0), *dw.stride(), num_tiles, num_tiles_h,
+        (programs,), x, d, panels, first, grads[-1], boxes[0], boxes[-1], tables.widths, tables.offsets,
+        routing.row_offsets, _tiles(routing).weights[columns], routing.row_to_slot, routing.ragged_offsets, hidden_size,
+        x.stride(0), *first.stride(), num_tiles, num_tiles_h,
     )  # fmt: skip
