@@ -137,8 +137,8 @@ def test_addresses_past_int32(backend: str) -> None:
 
 
 def test_saved_for_backward() -> None:
-    """x, the pre-activation, the routing weights and integers: 2TH + 4 R I bytes of a SwiGLU layer, and at most 10%
-    more."""
+    """x, the pre-activation, the routing weights and integers: 2TH + 4 R I bytes of a SwiGLU layer, within 5%, and 20
+    bytes a row."""
     num_tokens, hidden_size, width, num_experts, top_k = 4096, 512, 256, 16, 4
     layer = MoEMLP(
         MoEConfig([(num_experts, width)], top_k, hidden_size, activation="swiglu", aux_losses=False),
@@ -157,8 +157,5 @@ def test_saved_for_backward() -> None:
     for parameter in layer.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
     rows = num_tokens * top_k
-    metadata = (
-        rows * 40 + num_tokens * num_experts * 8
-    )  # ids, weights and permutations of a row; the router's fp32 scores
-    assert sum(saved.values()) <= 1.1 * (2 * num_tokens * hidden_size + 4 * rows * width) + metadata
+    assert sum(saved.values()) <= 1.05 * (2 * num_tokens * hidden_size + 4 * rows * width) + 20 * rows
     out.sum().backward()

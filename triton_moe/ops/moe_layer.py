@@ -51,8 +51,8 @@ def _forward_fake(
 def _gradients(
     dout: Tensor | None, dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, x: Tensor,
     router_weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None,
-    b3: Tensor | None, topk_weights: Tensor, topk_ids: Tensor, load: Tensor, logits: Tensor, pre: Tensor,
-    packed: Tensor, needs: Sequence[bool], widths: Sequence[int], *options: Any, consume_pre: bool = False,
+    b3: Tensor | None, topk_weights: Tensor, topk_ids: Tensor, load: Tensor, pre: Tensor, packed: Tensor,
+    needs: Sequence[bool], widths: Sequence[int], *options: Any, consume_pre: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """-> those of dx, drouter_weight, dw1, dw2, dw3, db1, db2 and db3 that are needed; without dout, of the first two.
 
@@ -72,7 +72,7 @@ def _gradients(
         dweights = of_experts.pop(0) if need_x or need_router else None
     of_router: list[Tensor] = []
     if need_x or need_router:
-        scores = x, router_weight, topk_ids, load, logits
+        scores = x, router_weight, topk_ids, load
         needed = need_x, need_router
         losses = dz_loss, dbalance, dcompute
         of_router = router.gradients_onto(dx, *scores, dweights, *losses, needed, widths, *options[:_OF_ROUTER])
@@ -82,8 +82,8 @@ def _gradients(
 def _gradients_fake(
     dout: Tensor | None, dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, x: Tensor,
     router_weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None, b2: Tensor | None,
-    b3: Tensor | None, topk_weights: Tensor, topk_ids: Tensor, load: Tensor, logits: Tensor, pre: Tensor,
-    packed: Tensor, needs: Sequence[bool], *_: Any,
+    b3: Tensor | None, topk_weights: Tensor, topk_ids: Tensor, load: Tensor, pre: Tensor, packed: Tensor,
+    needs: Sequence[bool], *_: Any,
 ) -> list[Tensor]:  # fmt: skip
     need_x, need_router, *need_weights = needs
     grads = [x.new_empty(x.shape)] * need_x + [router_weight.new_empty(router_weight.shape)] * need_router
@@ -96,7 +96,7 @@ def _gradients_fake(
 _moe_layer_backward = Operator(
     "moe_layer_backward(Tensor? dout, Tensor? dz_loss, Tensor? dbalance, Tensor? dcompute, Tensor x, Tensor "
     "router_weight, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, Tensor? b3, Tensor topk_weights, "
-    f"Tensor topk_ids, Tensor load, Tensor logits, Tensor pre, Tensor packed, bool[] needs, {_OPTIONS}) -> Tensor[]",
+    f"Tensor topk_ids, Tensor load, Tensor pre, Tensor packed, bool[] needs, {_OPTIONS}) -> Tensor[]",
     _gradients,
     _gradients_fake,
 )
@@ -105,10 +105,10 @@ _moe_layer_backward = Operator(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, router_weight, _, *weights = inputs[:9]
     ctx.widths, *ctx.options = inputs[9:]
-    _, topk_weights, topk_ids, f, load, *losses, logits_abs_max, logits_mean, logits, pre, packed = output
+    _, topk_weights, topk_ids, f, load, *losses, logits_abs_max, logits_mean, pre, packed = output
     ctx.consumed = False
     ctx.set_materialize_grads(False)
-    saved = topk_weights, topk_ids, load, logits, pre, packed
+    saved = topk_weights, topk_ids, load, pre, packed
     constant = () if any(ctx.needs_input_grad[:2]) else losses
     ctx.mark_non_differentiable(f, logits_abs_max, logits_mean, *saved, *constant)
     ctx.save_for_backward(x, router_weight, *weights, *saved)
@@ -135,7 +135,7 @@ def _backward(ctx: Any, dout: Tensor | None, *dothers: Tensor | None) -> tuple[T
 
 
 moe_layer = Operator(
-    f"moe_layer(Tensor x, {_WEIGHTS}, {_OPTIONS}) -> (" + ", ".join(["Tensor"] * 13) + ")",
+    f"moe_layer(Tensor x, {_WEIGHTS}, {_OPTIONS}) -> (" + ", ".join(["Tensor"] * 12) + ")",
     _forward,
     _forward_fake,
     _setup_context,

@@ -1,4 +1,5 @@
-"""The router on the kernels: one product and two launches forward, one launch and two products backward."""
+"""The router on the kernels: one product and two launches forward, one launch and three products backward, the logits'
+once more, which would be T E numbers to keep."""
 
 from __future__ import annotations
 
@@ -39,9 +40,8 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
 ) -> tuple[Tensor, ...]:
-    """-> what `router_fwd` returns, and the logits."""
-    logits = _logits(x, weight)
-    return *router_fwd(logits, bias, x.dtype, _options(tuple(widths), num_active_experts, *flags)), logits
+    """-> what `router_fwd` returns."""
+    return router_fwd(_logits(x, weight), bias, x.dtype, _options(tuple(widths), num_active_experts, *flags))
 
 
 def forward_fake(
@@ -54,25 +54,25 @@ def forward_fake(
         x.new_empty(num_experts),
         x.new_empty(num_experts, dtype=fp32),
         *(x.new_empty((), dtype=fp32) for _ in range(5)),
-        x.new_empty(num_tokens, num_experts, dtype=fp32),
     )
 
 
 @replayed
 def gradients_onto(
-    dx: Tensor | None, x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, logits: Tensor,
-    dweights: Tensor | None, dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None,
-    needs: Sequence[bool], widths: Sequence[int], num_active_experts: int, *flags: bool,
+    dx: Tensor | None, x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, dweights: Tensor | None,
+    dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, needs: Sequence[bool],
+    widths: Sequence[int], num_active_experts: int, *flags: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> those of dx and dweight that are needed; where there is a dx already, what is needed of it is added to it."""
     options = _options(tuple(widths), num_active_experts, *flags)
     # The losses' share of a logit's gradient goes like 1 / T, and float16 would lose it.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    dlogits = router_bwd(logits, topk_ids, load, dweights, dz_loss, dbalance, dcompute, dtype, options)
+    rounded = weight.to(x.dtype)  # as the forward pass had it
+    dlogits = router_bwd(_logits(x, rounded), topk_ids, load, dweights, dz_loss, dbalance, dcompute, dtype, options)
     need_x, need_weight = needs
     grads = []
     if need_x:
-        multiplied = weight.to(x.dtype).to(dtype)  # the weights of the forward pass, which autocast has rounded
+        multiplied = rounded.to(dtype)
         if dx is None:
             grads.append(torch.mm(dlogits, multiplied).to(x.dtype))
         elif dx.dtype == dtype:
@@ -88,13 +88,13 @@ def gradients(*arguments: Any) -> list[Tensor]:
 
 
 def gradients_fake(x: Tensor, weight: Tensor, *rest) -> list[Tensor]:
-    need_x, need_weight = rest[7]
+    need_x, need_weight = rest[6]
     return [x.new_empty(x.shape)] * need_x + [weight.new_empty(weight.shape)] * need_weight
 
 
 _route_tokens_backward = Operator(
-    "route_tokens_backward(Tensor x, Tensor weight, Tensor topk_ids, Tensor load, Tensor logits, Tensor? dweights, "
-    f"Tensor? dz_loss, Tensor? dbalance, Tensor? dcompute, bool[] needs, {_OPTIONS}) -> Tensor[]",
+    "route_tokens_backward(Tensor x, Tensor weight, Tensor topk_ids, Tensor load, Tensor? dweights, Tensor? dz_loss, "
+    f"Tensor? dbalance, Tensor? dcompute, bool[] needs, {_OPTIONS}) -> Tensor[]",
     gradients,
     gradients_fake,
 )
@@ -102,10 +102,10 @@ _route_tokens_backward = Operator(
 
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, _, *ctx.options = inputs
-    _, topk_ids, f, load, _, _, _, logits_abs_max, logits_mean, logits = output
+    _, topk_ids, f, load, _, _, _, logits_abs_max, logits_mean = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(topk_ids, f, load, logits_abs_max, logits_mean, logits)
-    ctx.save_for_backward(x, weight, topk_ids, load, logits)
+    ctx.mark_non_differentiable(topk_ids, f, load, logits_abs_max, logits_mean)
+    ctx.save_for_backward(x, weight, topk_ids, load)
 
 
 def _backward(ctx, dweights, _dids, _df, _dload, dz_loss, dbalance, dcompute, *_):
@@ -117,7 +117,7 @@ def _backward(ctx, dweights, _dids, _df, _dload, dz_loss, dbalance, dcompute, *_
 
 _route_tokens = Operator(
     f"route_tokens(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward,
     forward_fake,
     _setup_context,
@@ -131,7 +131,4 @@ def route_tokens(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`triton_moe.router.route_tokens` on checked arguments: the fields of its result."""
     softmax = router == "softmax"
-    *routed, _ = _route_tokens(
-        x, weight, bias, layout.widths, num_active_experts, softmax, normalize_weights, aux_losses
-    )
-    return tuple(routed)
+    return _route_tokens(x, weight, bias, layout.widths, num_active_experts, softmax, normalize_weights, aux_losses)

@@ -13,8 +13,8 @@ from triton_moe.layout import Routing
 
 
 def up_backward(
-    dpre: Tensor, x: Tensor, w1: Tensor, w3: Tensor | None, routing: Routing, need_x: bool, need_w1: bool, need_w3: bool,
-    consume: bool = False,
+    dpre: Tensor, x: Tensor, w1: Tensor, w3: Tensor | None, routing: Routing, need_x: bool, need_w1: bool,
+    need_w3: bool, consume: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradient of the pre-activation (ragged) -> those of x `(T, H)`, w1 and w3 `(H, S)`, as far as they are needed.
 
