@@ -307,13 +307,17 @@ def test_every_activation(activation: str) -> None:
 @hopper_only
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("programs", [None, 1, 3], indirect=True)
+@pytest.mark.parametrize("widths", [(512, 64, 128), (200, 33, 97)], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 300, 9000])
-def test_every_tile_is_handed_out(num_tokens: int) -> None:
-    """Fewer tiles than programs, and many times as many. Twice: the first leaves the counter for the second."""
+def test_every_tile_is_handed_out(num_tokens: int, widths: tuple[int, ...]) -> None:
+    """Fewer tiles than programs, and many times as many. Twice: the first leaves the counter for the second.
+
+    Each kernel by itself, on buffers that PyTorch has filled (`benchmarks/sanitize.py`).
+    """
     from triton_moe.kernels.route import route
     from triton_moe.products import TOLERANCE, Shape, products
 
-    shape, device = Shape(num_tokens, 320, ExpertLayout((512, 64, 128)), 2, "swiglu"), torch.device("cuda")
+    shape, device = Shape(num_tokens, 320, ExpertLayout(widths), 2, "swiglu"), torch.device("cuda")
     routings: list[Routing] = []
 
     def routed(ids: torch.Tensor, layout: ExpertLayout, panels: bool) -> Routing:
@@ -322,7 +326,7 @@ def test_every_tile_is_handed_out(num_tokens: int) -> None:
 
     portable = products(shape, "triton", torch.bfloat16, device)
     of_hopper = products(shape, "hopper", torch.bfloat16, device, routed)
-    for name in ("up", "down", "dh", "dx"):
+    for name in ("up", "down", "dh", "dw2", "dw1", "dx"):
         product = of_hopper[name]
         portable[name].call()
         for _ in range(2):

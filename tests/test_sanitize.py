@@ -55,10 +55,10 @@ def test_command(
     monkeypatch.setenv("SANITIZER_SAYS", said)
     tests = ["tests/test_layout.py::test_docstrings", "tests/test_sanitize.py::test_reports"]
     monkeypatch.setattr(sanitize, "collect", lambda chosen: tests)
-    monkeypatch.setitem(sanitize.ENDLESS, "initcheck", ("test_reports",))
+    monkeypatch.setitem(sanitize.UNSEEN, "initcheck", "test_reports")
     assert sanitize.main(["--tools", tool, "--workers", "2", "--out", str(tmp_path)]) == status
     (row,) = csv.DictReader((tmp_path / "sanitize.csv").read_text().splitlines())
     assert (row["tool"], row["asked"], row["passed"], row["failed"]) == (tool, asked, asked, "0")
-    monkeypatch.setitem(sanitize.ENDLESS, tool, ("tests/",))
+    monkeypatch.setitem(sanitize.UNSEEN, tool, "tests/")
     assert sanitize.main(["--tools", tool, "--out", str(tmp_path)]) == 1
     assert (row["reports_of_our_kernels"], row["other_reports"]) == (("4", "4") if said else ("0", "0"))

@@ -147,11 +147,11 @@ def store_panel(buffer, tile, block, rows, part, col, PARTS: gl.constexpr, EVEN:
     by way of `buffer`, the one of two that was not used last. 64 rows of a panel go by TMA, other pieces by threads."""
     ragged, _ = block
     _, num_rows, _, pitch = rows
+    tma.store_wait(pendings=1)  # in the branch that needs it, this makes the whole kernel 2% slower
     boxed = num_rows >= HALF_M
     if not EVEN:
         boxed = boxed & (col // PIECE_N < pitch // PIECE_N)
     if boxed:
-        tma.store_wait(pendings=1)
         buffer.store(tile.to(buffer.dtype))
         fence_async_shared()
         store_box(ragged[1], [line_of(block, rows, part, col), 0], buffer)
