@@ -67,10 +67,10 @@ def launch_all(routing, dtype, activation, turned=False, of_dh_alone=False):
     hopper.up_fwd(x, w1, up, one, pre, routing, activation)
     hopper.down_fwd(one, w2, None, y, routing)
     grads = [w1, up] if gated else [w1]
-    hopper.dw(x, one, [w2.t()], routing, PARTS=1, FIRST=0, WANTED=1)
-    hopper.dw(x, pre, grads, routing, PARTS=1 + gated, FIRST=0, WANTED=len(grads))
-    if gated:
-        hopper.dw(x, pre, [up], routing, PARTS=2, FIRST=1, WANTED=1)
+    hopper.dw(x, one, [w2.t()], routing, 1, 0)
+    hopper.dw(x, pre, grads, routing, 1 + gated, 0)
+    for part in range(2 * gated):
+        hopper.dw(x, pre, [up], routing, 2, part)
     hopper.down_fwd(pre, w1.t(), None if up is None else up.t(), y, routing)
 
 for activation in ("swiglu", "relu_squared"):
@@ -190,6 +190,8 @@ CASES = (
     Case(300, 64, (104, 72, 8), 2, "swiglu", routing="one expert", reason="rows of one uneven expert alone"),
 )
 
+TWO_TILES = Case(300, 192, (300, 40, 0, 520), 2, "swiglu", reason="uneven widths of more than one tile")
+
 
 def turned(inputs: Inputs) -> Inputs:
     """The same weights, transposed in memory."""
@@ -254,7 +256,7 @@ def test_memory_options_change_no_bit(case: Case, recompute: bool, activation_me
 @pytest.mark.gpu
 @hopper_only
 @pytest.mark.parametrize("wanted", ["w1", "w3"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[13]], ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", [*CASES[:1], *CASES[13:14], TWO_TILES], ids=lambda case: case.reason)
 def test_the_gradient_of_one_part_alone(case: Case, wanted: str) -> None:
     """The other's weight is frozen: the same bits, whichever way the weights lie."""
     inputs = inputs_for(case, torch.bfloat16, "cuda")
@@ -309,7 +311,7 @@ def test_every_activation(activation: str) -> None:
 @pytest.mark.parametrize("programs", [None, 1, 3], indirect=True)
 @pytest.mark.parametrize("widths", [(512, 64, 128), (200, 33, 97)], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 300, 9000])
-def test_every_tile_is_handed_out(num_tokens: int, widths: tuple[int, ...]) -> None:
+def test_each_kernel_by_itself(num_tokens: int, widths: tuple[int, ...]) -> None:
     """Fewer tiles than programs, and many times as many. Twice: the first leaves the counter for the second.
 
     Each kernel by itself, on buffers that PyTorch has filled (`benchmarks/sanitize.py`).

@@ -204,6 +204,23 @@ def test_losses_that_are_off_have_no_gradient(backend: str, device: str) -> None
     assert not weight.grad.any()
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_backward_pass_under_autocast_rounds_nothing(backend: str, device: str) -> None:
+    x, weight = tensors(20, torch.float32, device)
+
+    def gradients(autocasts: bool) -> list[Tensor | None]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        routed = route_tokens(*leaves, layout=LAYOUT, num_active_experts=2, backend=backend)
+        with torch.autocast(device, torch.bfloat16, enabled=autocasts):
+            (routed.topk_weights.sum() + routed.router_z_loss).backward()
+        return [leaf.grad for leaf in leaves]
+
+    for actual, expected in zip(gradients(autocasts=True), gradients(autocasts=False), strict=True):
+        assert expected is not None
+        assert actual is not None
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_gradients_of_the_losses_alone_over_many_tokens(router: str, device: str, dtype: torch.dtype) -> None:
     """Each token's share is small: that of float16 would be lost in its own dtype."""

@@ -99,8 +99,9 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogits: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        dx = (dlogits @ weight.to(dlogits.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dweight = (dlogits.t() @ x.to(dlogits.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        with torch.autocast(x.device.type, enabled=False):
+            dx = (dlogits @ weight.to(dlogits.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+            dweight = (dlogits.t() @ x.to(dlogits.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return dx, dweight
 
 

@@ -122,7 +122,7 @@ def sum_partials_kernel(
 
 @triton.jit
 def grouped_gemm_dw_kernel(
-    x, d, dw, dw_up, H, stride_xt, stride_wh, stride_ws,
+    x, d, dw_first, dw_second, H, stride_xt, stride_wh, stride_ws,
     widths, offsets, row_to_slot, row_offsets, ragged_offsets, expert_order, num_tiles_m, num_tiles_n,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr, WANTED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, WIDTH_ALIGN: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_M: tl.constexpr,
@@ -130,8 +130,8 @@ def grouped_gemm_dw_kernel(
 ):  # fmt: skip
     """dw_e[h, i] = sum over the expert's rows of x[row, h] * d[row, i]; an expert without rows gets zeros.
 
-    x is dense, `(T, H)` gathered or `(R, H)`; d is ragged, of PARTS, WANTED of which from FIRST on have gradients: the
-    first dw, a second dw_up.
+    x is dense, `(T, H)` gathered or `(R, H)`; d is ragged, of PARTS, and of WANTED of these, from FIRST on, there are
+    gradients: one or two.
     """
     tile_n = tl.program_id(0) % num_tiles_n
     part = FIRST + tl.program_id(0) // num_tiles_n % WANTED
@@ -163,9 +163,9 @@ def grouped_gemm_dw_kernel(
     offsets_w = hidden.to(tl.int64)[:, None] * stride_wh + ((offset + cols) * stride_ws)[None, :]
     mask = hidden_mask[:, None] & col_mask[None, :]
     if part == FIRST:
-        tl.store(dw + offsets_w, acc.to(dw.dtype.element_ty), mask=mask)
+        tl.store(dw_first + offsets_w, acc.to(dw_first.dtype.element_ty), mask=mask)
     else:
-        tl.store(dw_up + offsets_w, acc.to(dw.dtype.element_ty), mask=mask)
+        tl.store(dw_second + offsets_w, acc.to(dw_second.dtype.element_ty), mask=mask)
 
 
 _SLOTS = 128
@@ -261,14 +261,14 @@ def grouped_gemm_dw(
     """
     x, hidden_size = rows_contiguous(x), x.shape[1]
     wanted = [grad for grad in grads if grad is not None]
-    options: dict[str, int] = {"PARTS": len(grads), "FIRST": int(grads[0] is None), "WANTED": len(wanted)}
+    num_parts, first_part = len(grads), int(grads[0] is None)
     if routing.panels:
         assert gathered
-        hopper.dw(x, d, wanted, routing, **options)
+        hopper.dw(x, d, wanted, routing, num_parts, first_part)
         return
     launch, tables, num_tiles_m, num_tiles_n = _dw_launcher(
-        routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, **options,
-        INPUT_PRECISION=input_precision(x.dtype, x.device),
+        routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, PARTS=num_parts,
+        FIRST=first_part, WANTED=len(wanted), INPUT_PRECISION=input_precision(x.dtype, x.device),
     )  # fmt: skip
     launch(
         (routing.layout.num_experts * num_tiles_m * len(wanted) * num_tiles_n,), x, d, wanted[0], wanted[-1],

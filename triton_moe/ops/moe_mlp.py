@@ -90,13 +90,18 @@ def forward_fake(
     )
 
 
-def _is_largest(pre: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, routing: Routing) -> bool:
-    """Whether the pre-activation beside its own gradient would be a backward's peak, not the rows of dx and all dw.
+def _is_largest(
+    pre: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, routing: Routing, needs: Sequence[bool]
+) -> bool:
+    """Whether the pre-activation beside its own gradient would be a backward's peak, not the rows of dx and all dw that
+    are needed.
 
     Then the gradient takes its place: dh is 40% slower so (dev/LOG-2026-11-24.md, Hopper).
     """
+    need_x, _, need_w1, need_w2, need_w3, *_ = needs
     behind_pre = pre.numel() + pre.numel() // _parts(w3)
-    return behind_pre > routing.num_rows * x.shape[1] + _parts(w3) * w1.numel() + w2.numel()
+    weights = (need_w1 + need_w3) * w1.numel() + need_w2 * w2.numel()
+    return behind_pre > need_x * routing.num_rows * x.shape[1] + weights
 
 
 @replayed
@@ -119,7 +124,7 @@ def gradients(
         grouped_gemm_up_fwd(x, w1, w3, None, pre, routing, activation, b1=b1, b3=b3)
     need_x, _, need_w1, need_w2, need_w3, need_b1, need_b2, need_b3 = needs
     consume_pre |= not keep_pre
-    dpre = pre if consume_pre and _is_largest(pre, x, w1, w2, w3, routing) else torch.empty_like(pre)
+    dpre = pre if consume_pre and _is_largest(pre, x, w1, w2, w3, routing, needs) else torch.empty_like(pre)
     partials = up_bias_partials(routing, _parts(w3), x.dtype) if need_b1 or need_b3 else None
     act_weighted, dweights = grouped_gemm_dh(dout, w2, pre, topk_weights, routing, activation, dpre, b2, partials)
     if consume_pre and dpre is not pre:

@@ -1,10 +1,10 @@
-"""The router on the kernels: one product and two launches forward, one launch and three products backward, the logits'
-once more, which would be T E numbers to keep."""
+"""The router on the kernels: one product and two launches forward; backward three products, one of them the logits
+again, which would be T E numbers to keep, and one launch."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,22 @@ def _options(widths: tuple[int, ...], num_active_experts: int, *flags: bool) -> 
     return RouterOptions(layout_of(widths), num_active_experts, *flags)
 
 
+def _out_of_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, without autocast, which would round what its products take and give."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        device_type = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return function(*arguments)
+        return function(*arguments)
+
+    return call
+
+
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight^T`: operands in x's dtype, result in fp32; autocast would round it, and is kept out."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _logits(x, weight)
+    """`x @ weight^T`: operands in x's dtype, result in fp32."""
     weight = weight.to(x.dtype).t()
     if x.dtype == torch.float32:
         return torch.mm(x, weight)
@@ -37,6 +48,7 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @replayed
+@_out_of_autocast
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
 ) -> tuple[Tensor, ...]:
@@ -58,6 +70,7 @@ def forward_fake(
 
 
 @replayed
+@_out_of_autocast
 def gradients_onto(
     dx: Tensor | None, x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, dweights: Tensor | None,
     dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, needs: Sequence[bool],

@@ -126,8 +126,11 @@ def line_of(block, rows, part, col):
 
 @gluon.jit
 def copy_columns(buffer, start, rows, part, col, num_cols, PARTS: gl.constexpr, EVEN: gl.constexpr):
-    """Start copying a part's columns from `col` on, of one panel, to `buffer`: `rows` of the block that begins at
-    `start`. `rows`: the first, how many there are from there on, those of the expert, `row_stride`."""
+    """Start copying a part's columns from `col` on, of one panel, to `buffer`, zeros for those that are not among the
+    `num_cols` that there are: `rows` of the block that begins at the pointer `start`.
+
+    `rows`: the first, how many there are from there on, those of the expert, `row_stride`.
+    """
     first, num_rows, count, pitch = rows
     place, stride = place_of(part, col, count, pitch, PARTS, EVEN)
     copy_rows(buffer, start + place + first.to(gl.int64) * stride, stride, num_rows, num_cols)

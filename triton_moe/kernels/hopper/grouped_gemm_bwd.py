@@ -365,8 +365,8 @@ def store_edge(dw, buffer, hidden, column, edges, RAGGED_M: gl.constexpr):
 
 @gluon.jit
 def grouped_gemm_dw_hopper_kernel(
-    x, d, panels, dw, dw_up, boxes, up_boxes, widths, offsets, row_offsets, tiles, row_to_slot, ragged_offsets, H,
-    stride_xt, stride_dh, stride_ds, num_tiles, num_tiles_h,
+    x, d, panels, dw_first, dw_second, first_boxes, second_boxes, widths, offsets, row_offsets, tiles, row_to_slot,
+    ragged_offsets, H, stride_xt, stride_dh, stride_ds, num_tiles, num_tiles_h,
     PARTS: gl.constexpr, FIRST: gl.constexpr, WANTED: gl.constexpr, RAGGED_M: gl.constexpr, TOP_K: gl.constexpr,
     EVEN: gl.constexpr, BOXED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
@@ -375,7 +375,7 @@ def grouped_gemm_dw_hopper_kernel(
     ring = make_ring(x.dtype.element_ty, BLOCK_K, BLOCK_M, BLOCK_K, BLOCK_N, STAGES, READY_COUNT)
     buffers = make_buffers(x.dtype.element_ty, 4, PIECE_N)
     tables = (widths, offsets, row_offsets, tiles)
-    first, second = (dw, boxes), (dw_up, up_boxes)
+    first, second = (dw_first, first_boxes), (dw_second, second_boxes)
     consumer = (ring, buffers, first, second, tables, num_tiles, num_tiles_h, H, stride_dh, stride_ds)
     producer = (ring, x, d, panels, tables, row_to_slot, ragged_offsets, num_tiles, num_tiles_h, H, stride_xt)
     gl.warp_specialize(

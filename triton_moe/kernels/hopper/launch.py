@@ -199,14 +199,14 @@ def dh(
     )  # fmt: skip
 
 
-def dw(x: Tensor, d: Tensor, grads: Sequence[Tensor], routing: Routing, **parts: int) -> None:
-    """`parts`: how many d has, the first of which a gradient is wanted, how many are."""
-    x, layout, hidden_size, first = _straight(x), routing.layout, x.shape[1], grads[0]
-    ragged_m = first.stride(1) != 1
+def dw(x: Tensor, d: Tensor, grads: Sequence[Tensor], routing: Routing, num_parts: int, first_part: int) -> None:
+    """`grads`: of d's parts, of which there are `num_parts`, from `first_part` on."""
+    x, layout, hidden_size = _straight(x), routing.layout, x.shape[1]
+    ragged_m = grads[0].stride(1) != 1
     boxed = all(_in_boxes(grad, layout) for grad in grads)
     launch, tables, programs = _launcher(
-        grouped_gemm_dw_hopper_kernel, "dw", layout, x.device, **parts, RAGGED_M=ragged_m, TOP_K=routing.top_k,
-        BOXED=boxed,
+        grouped_gemm_dw_hopper_kernel, "dw", layout, x.device, PARTS=num_parts, FIRST=first_part, WANTED=len(grads),
+        RAGGED_M=ragged_m, TOP_K=routing.top_k, BOXED=boxed,
     )  # fmt: skip
     columns = BLOCK_M if ragged_m else BLOCK_N // len(grads)
     num_tiles_h = cdiv(hidden_size, BLOCK_N if ragged_m else BLOCK_M)
@@ -214,7 +214,7 @@ def dw(x: Tensor, d: Tensor, grads: Sequence[Tensor], routing: Routing, **parts:
     boxes = [_piece_boxes(grad.t() if ragged_m else grad) if boxed else grad for grad in grads]
     panels = _panels(d, _BLOCK_K) if divides_widths(_BLOCK_K, layout) else d
     launch(
-        (programs,), x, d, panels, first, grads[-1], boxes[0], boxes[-1], tables.widths, tables.offsets,
+        (programs,), x, d, panels, grads[0], grads[-1], boxes[0], boxes[-1], tables.widths, tables.offsets,
         routing.row_offsets, _tiles(routing).weights[columns], routing.row_to_slot, routing.ragged_offsets, hidden_size,
-        x.stride(0), *first.stride(), num_tiles, num_tiles_h,
+        x.stride(0), *grads[0].stride(), num_tiles, num_tiles_h,
     )  # fmt: skip
