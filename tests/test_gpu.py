@@ -138,7 +138,7 @@ def test_addresses_past_int32(backend: str) -> None:
 
 def test_saved_for_backward() -> None:
     """x, the pre-activation, the routing weights and integers: 2TH + 4 R I bytes of a SwiGLU layer, within 5%, and 20
-    bytes a row; the router's logits would be 11%."""
+    bytes a row; the router's logits would be an eighth."""
     num_tokens, hidden_size, width, num_experts, top_k = 4096, 512, 64, 64, 4
     layer = MoEMLP(
         MoEConfig([(num_experts, width)], top_k, hidden_size, activation="swiglu", aux_losses=False),
