@@ -38,12 +38,13 @@ def calls_of(case: BenchCase, dtype: torch.dtype, device: torch.device) -> tuple
     x, dout = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     x.requires_grad_()
     one = torch.ones((), device=device)
+    leaves = (x, *layer.parameters())
 
     def forward() -> object:
         return layer(x)
 
     def step() -> None:
-        for leaf in (x, *layer.parameters()):
+        for leaf in leaves:
             leaf.grad = None
         out, aux, _ = layer(x)
         torch.autograd.backward((out, *(aux[name] for name in LOSSES)), (dout, one, one, one))

@@ -4,10 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import KERNEL_DTYPES
 from torch import Tensor
 
+from triton_moe.kernels import router as kernels
+from triton_moe.kernels.router import multiplies
 from triton_moe.layout import ExpertLayout
 from triton_moe.losses import compute_loss, load_balance_loss, router_z_loss
+from triton_moe.ops import router as ops
 from triton_moe.router import ROUTERS, RouterOutput, route_tokens, router_logits, router_scores
 from triton_moe.testing import assert_within_budget, poison_empty
 
@@ -16,7 +20,7 @@ E, H = LAYOUT.num_experts, 40
 LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
 
 
-def tensors(T: int, dtype: torch.dtype, device: str, num_experts: int = E) -> tuple[Tensor, Tensor]:
+def tensors(T: int, dtype: torch.dtype, device: str, num_experts: int = E, H: int = H) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(T)
     x = torch.randn(T, H, generator=generator)
     weight = torch.randn(num_experts, H, generator=generator) / H**0.5
@@ -80,6 +84,44 @@ def test_matches_the_definition(
     plain = forward_backward(definition, x, weight)
     truth = forward_backward(definition, x.double(), weight.double())
     assert_within_budget(actual, truth, plain, eps_dtype=dtype, name="route_tokens")
+
+
+@pytest.mark.parametrize(("num_experts", "hidden_size"), [(1, 8), (16, 64), (60, 200), (128, 256)])
+@pytest.mark.parametrize("half", [dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2])
+def test_the_kernels_multiply_as_pytorch_does(
+    num_experts: int, hidden_size: int, half: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several tiles of tokens, rows that are apart, a weight of either dtype; with and without a dx to be added to."""
+    layout, K = ExpertLayout((8,) * num_experts), min(2, num_experts)
+    x, weight = tensors(150, half, device, num_experts, 2 * hidden_size)
+    x, weight = x[:, :hidden_size], weight[:, :hidden_size]
+    other_dx = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device, half)
+    assert multiplies(x, num_experts)
+
+    def ours(x: Tensor, weight: Tensor) -> RouterOutput:
+        return route_tokens(x, weight, layout=layout, num_active_experts=K, backend="triton")
+
+    def added() -> Tensor:
+        options = layout.widths, K, False, True, True
+        _, ids, _, load, *_ = ops.forward(x, weight, None, *options)
+        one, dx = torch.ones((), device=device), other_dx.clone()
+        dweights = torch.ones(ids.shape, dtype=half, device=device)
+        assert ops.gradients_onto(dx, x, weight, ids, load, dweights, one, one, one, (True, False), *options) == []
+        return dx
+
+    with poison_empty():
+        actual, topk_ids, total = forward_backward(ours, x, weight), ours(x, weight).topk_ids, added()
+    assert torch.equal(ours(x, weight.float()).topk_ids, topk_ids)
+    monkeypatch.setattr(kernels, "_MAX_H", 0)
+    assert not multiplies(x, num_experts)
+    assert torch.equal(ours(x, weight).topk_ids, topk_ids)
+    torch.testing.assert_close(total, added())
+
+    def definition(x: Tensor, weight: Tensor) -> RouterOutput:
+        return by_definition(x, weight, topk_ids, "sigmoid", True, layout)
+
+    plain, truth = forward_backward(definition, x, weight), forward_backward(definition, x.double(), weight.double())
+    assert_within_budget(actual, truth, plain, eps_dtype=half, name="route_tokens")
 
 
 def test_a_bias_changes_the_choice_but_not_the_weights(device: str) -> None:

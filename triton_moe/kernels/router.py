@@ -1,8 +1,10 @@
-"""The router behind its logits: scores, the K best experts, their weights, and the sums that the losses need.
+"""The router: logits, scores, the K best experts, their weights, and the sums that the losses need.
 
 Forward in two launches: each program takes a span of tokens and leaves its sums over them, then one program adds these
 up in order and forms the losses. Backward is one launch: the gradient of the logits from that of everything else, with
-the scores computed anew. Formulas and letters are those of `router.py` and `losses.py`.
+the scores computed anew. Where that is as fast (`multiplies`) both kernels form the logits themselves, and the second
+the gradient of x: three products less for the host, and no logits in memory. Elsewhere they are given the logits.
+Formulas and letters are those of `router.py` and `losses.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import cdiv, on_device
+from triton_moe.kernels.config import cdiv, on_device, rows_contiguous
 from triton_moe.kernels.launch import Launcher
+from triton_moe.kernels.tiles import accumulate
 from triton_moe.layout import ExpertLayout
 
 _TILE = 2048
 """Scores of a program at once."""
+_MAX_H, _MAX_EEH = 2048, 2**22
+"""Largest H and E^2 H of which the kernels multiply. A program reads the whole weight for every tile of tokens, and has
+fewer tokens the more experts there are. Measured: dev/LOG.md, 2026-11-26."""
 _FINISH_TILE = 16384
 """Sums that the one program of the second kernel adds up at once, in 16 warps."""
 _MAX_PROGRAMS = 1024
@@ -30,11 +36,57 @@ _LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 
 @triton.jit
 def load_logits(logits, tokens, experts, end, NUM_EXPERTS: tl.constexpr):
-    """-> (tokens, experts) logits: -inf where there is no expert, 0 where there is no token."""
     exists = (tokens < end)[:, None] & (experts < NUM_EXPERTS)[None, :]
     places = tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
-    z = tl.load(logits + places, mask=exists, other=0)
+    return tl.load(logits + places, mask=exists, other=0)
+
+
+@triton.jit
+def multiply(
+    x, weight, tokens, experts, end, H, stride_xt, stride_we, NUM_EXPERTS: tl.constexpr, BLOCK_H: tl.constexpr
+):  # fmt: skip
+    """-> (tokens, experts) of `x @ weight^T`, operands in x's dtype."""
+    z = tl.zeros([tokens.shape[0], experts.shape[0]], tl.float32)
+    x_rows = x + tokens.to(tl.int64)[:, None] * stride_xt
+    weight_rows = weight + experts.to(tl.int64)[None, :] * stride_we
+    for first in range(0, H, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        a = tl.load(x_rows + h[None, :], mask=(tokens < end)[:, None] & (h < H)[None, :], other=0)
+        b = tl.load(weight_rows + h[:, None], mask=(experts < NUM_EXPERTS)[None, :] & (h < H)[:, None], other=0)
+        z = tl.dot(a, b.to(a.dtype), z)
+    return z
+
+
+@triton.jit
+def logits_of(
+    logits, x, weight, tokens, experts, end, H, stride_xt, stride_we, NUM_EXPERTS: tl.constexpr, BLOCK_H: tl.constexpr
+):  # fmt: skip
+    """-> (tokens, experts) logits, those given or the product's: -inf where there is no expert, 0 where there is no
+    token."""
+    if logits is None:
+        z = multiply(x, weight, tokens, experts, end, H, stride_xt, stride_we, NUM_EXPERTS, BLOCK_H)
+    else:
+        z = load_logits(logits, tokens, experts, end, NUM_EXPERTS)
     return tl.where((experts < NUM_EXPERTS)[None, :], z, float("-inf"))
+
+
+@triton.jit
+def store_dx(
+    dx, other_dx, dlogits, weight, tokens, experts, end, H, stride_we, NUM_EXPERTS: tl.constexpr, BLOCK_H: tl.constexpr
+):  # fmt: skip
+    """dx = dlogits @ weight, plus other_dx unless that is None. fp32 is rounded to tf32, which holds float16's bits."""
+    rows = tokens.to(tl.int64)[:, None] * H
+    weight_rows = weight + experts.to(tl.int64)[:, None] * stride_we
+    for first in range(0, H, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        inside = (tokens < end)[:, None] & (h < H)[None, :]
+        w = tl.load(weight_rows + h[None, :], mask=(experts < NUM_EXPERTS)[:, None] & (h < H)[None, :], other=0)
+        w = w.to(dx.dtype.element_ty).to(dlogits.dtype)
+        acc = tl.zeros([tokens.shape[0], BLOCK_H], tl.float32)
+        acc, _ = accumulate(acc, acc, dlogits, w, "tf32")
+        if other_dx is not None:
+            acc += tl.load(other_dx + rows + h[None, :], mask=inside, other=0).to(tl.float32)
+        tl.store(dx + rows + h[None, :], acc.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -65,9 +117,9 @@ def selection_keys(score, experts, NUM_EXPERTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "span"])
 def router_fwd_kernel(
-    logits, bias, topk_weights, topk_ids, partials, num_tokens, span,
+    topk_weights, topk_ids, partials, bias, logits, x, weight, H, stride_xt, stride_we, num_tokens, span,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RANKS: tl.constexpr, SOFTMAX: tl.constexpr,
-    NORMALIZE: tl.constexpr, AUX: tl.constexpr, TOKENS: tl.constexpr,
+    NORMALIZE: tl.constexpr, AUX: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """partials[p] = sums over the p-th span of tokens: choices (E), scores (E), z-loss, logits; largest |logit|."""
     experts, ranks = tl.arange(0, EXPERTS), tl.arange(0, RANKS)
@@ -79,7 +131,7 @@ def router_fwd_kernel(
     end = tl.minimum(first_token + span, num_tokens)
     for first in range(first_token, end, TOKENS):
         tokens = first + tl.arange(0, TOKENS)
-        z = load_logits(logits, tokens, experts, end, NUM_EXPERTS)
+        z = logits_of(logits, x, weight, tokens, experts, end, H, stride_xt, stride_we, NUM_EXPERTS, BLOCK_H)
         probs = scores(z, SOFTMAX)
         keys = selection_keys(probs, experts, NUM_EXPERTS)
         if bias is not None:
@@ -94,9 +146,9 @@ def router_fwd_kernel(
             keys = tl.where(chosen, _LOWEST, keys)
             counts += (chosen & (tokens < end)[:, None]).to(tl.int32)
             # Without a bias no score is negative, and then its bits are its key.
-            weight = best.to(tl.float32, bitcast=True) if bias is None else tl.sum(tl.where(chosen, probs, 0.0), 1)
+            of_best = best.to(tl.float32, bitcast=True) if bias is None else tl.sum(tl.where(chosen, probs, 0.0), 1)
             ids = tl.where((ranks == k)[None, :], expert[:, None], ids)
-            weights = tl.where((ranks == k)[None, :], weight[:, None], weights)
+            weights = tl.where((ranks == k)[None, :], of_best[:, None], weights)
         if NORMALIZE:
             weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
         places = tokens.to(tl.int64)[:, None] * TOP_K + ranks[None, :]
@@ -158,11 +210,12 @@ def router_finish_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "span"])
 def router_bwd_kernel(
-    logits, topk_ids, dweights, dz_loss, dbalance, dcompute, balance_scale, compute_scale, load, dlogits, num_tokens,
-    span, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr,
-    NORMALIZE: tl.constexpr, TOKENS: tl.constexpr,
+    topk_ids, dweights, dz_loss, dbalance, dcompute, balance_scale, compute_scale, load, dlogits, dx, other_dx, logits,
+    x, weight, H, stride_xt, stride_we, num_tokens, span, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """dlogits from the gradients of the weights and of the three losses, any of them None."""
+    """dlogits from the gradients of the weights and of the three losses, any of them None; dx from these unless that is
+    None."""
     experts = tl.arange(0, EXPERTS)
     real = experts < NUM_EXPERTS
     dprobs_all = tl.zeros([EXPERTS], tl.float32)
@@ -178,7 +231,7 @@ def router_bwd_kernel(
     for first in range(first_token, end, TOKENS):
         tokens = first + tl.arange(0, TOKENS)
         inside = tokens < end
-        z = load_logits(logits, tokens, experts, end, NUM_EXPERTS)
+        z = logits_of(logits, x, weight, tokens, experts, end, H, stride_xt, stride_we, NUM_EXPERTS, BLOCK_H)
         probs = scores(z, SOFTMAX)
         dprobs = tl.zeros([TOKENS, EXPERTS], tl.float32) + dprobs_all[None, :]
         if dweights is not None:
@@ -205,8 +258,11 @@ def router_bwd_kernel(
         if dz_loss is not None:
             normalized, log_total = softmax(z)
             dz += (tl.load(dz_loss).to(tl.float32) * 2 / num_tokens * log_total)[:, None] * normalized
+        dz = dz.to(dlogits.dtype.element_ty)
         places = tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
-        tl.store(dlogits + places, dz.to(dlogits.dtype.element_ty), mask=inside[:, None] & real[None, :])
+        tl.store(dlogits + places, dz, mask=inside[:, None] & real[None, :])
+        if dx is not None:
+            store_dx(dx, other_dx, dz, weight, tokens, experts, end, H, stride_we, NUM_EXPERTS, BLOCK_H)
 
 
 class _Launchers(NamedTuple):
@@ -225,11 +281,16 @@ class _Launchers(NamedTuple):
 
 @functools.cache  # for good: a captured graph keeps the tables' addresses
 def _launchers(
-    layout: ExpertLayout, top_k: int, softmax: bool, normalize: bool, aux: bool, device: torch.device
+    layout: ExpertLayout, top_k: int, softmax: bool, normalize: bool, aux: bool, multiplies: bool, device: torch.device
 ) -> _Launchers:
     num_experts = layout.num_experts
     experts = triton.next_power_of_2(num_experts)
-    tokens = max(1, min(32, _TILE // experts))
+    tile: dict[str, int] = {"TOKENS": max(1, min(32, _TILE // experts)), "BLOCK_H": 1}
+    backward = tile
+    if multiplies:
+        experts = max(16, experts)  # the least that tensor cores take
+        tile = {"TOKENS": 64 if experts <= 64 else 32, "BLOCK_H": 64, "num_warps": 4 if experts <= 64 else 8}
+        backward = tile | {"BLOCK_H": 128, "num_stages": 2}
     shared = {"NUM_EXPERTS": num_experts, "EXPERTS": experts, "TOP_K": top_k}
     choice = {"SOFTMAX": softmax, "NORMALIZE": normalize}
     num_classes = sum(len(members) > 1 for members in layout.width_classes.values())
@@ -239,16 +300,14 @@ def _launchers(
     )
     balance_scale, compute_scale = on_device(scales, torch.float32, device)
     return _Launchers(
-        Launcher(
-            router_fwd_kernel, **shared, RANKS=triton.next_power_of_2(top_k), **choice, AUX=aux, TOKENS=tokens
-        ),
+        Launcher(router_fwd_kernel, **shared, RANKS=triton.next_power_of_2(top_k), **choice, AUX=aux, **tile),
         Launcher(router_finish_kernel, **shared, AUX=aux, ROWS=max(1, _FINISH_TILE // experts), num_warps=16),
-        Launcher(router_bwd_kernel, **shared, **choice, TOKENS=tokens),
+        Launcher(router_bwd_kernel, **shared, **choice, **backward),
         balance_scale,
         compute_scale,
         experts,
-        tokens,
-    )  # fmt: skip
+        tile["TOKENS"],
+    )
 
 
 class RouterOptions(NamedTuple):
@@ -267,23 +326,40 @@ def _spans(num_tokens: int, tokens: int) -> tuple[int, int]:
     return cdiv(num_tokens, span), span
 
 
-def router_fwd(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, options: RouterOptions) -> tuple[Tensor, ...]:
-    """`logits (T, E)` fp32, bias `(E)` or None -> weights `(T, K)`, ids `(T, K)` int32, f `(E)`, that in fp32, three
-    losses, the largest absolute logit, the mean logit.
+def multiplies(x: Tensor, num_experts: int) -> bool:
+    """Whether the kernels form the logits of `x (T, H)` themselves, as fast as PyTorch does or faster."""
+    H = x.shape[1]
+    return x.element_size() == 2 and H <= _MAX_H and num_experts**2 * H <= _MAX_EEH
 
-    Weights and f are of `dtype`.
+
+def _of_logits(logits: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Tensor | int | None, ...]:
+    """What the kernels take for them: the logits, or x and the weight, H and two strides."""
+    if logits is not None:
+        return logits, None, None, 0, 0, 0
+    x, weight = rows_contiguous(x), rows_contiguous(weight)
+    return None, x, weight, x.shape[1], x.stride(0), weight.stride(0)
+
+
+def router_fwd(
+    logits: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, options: RouterOptions
+) -> tuple[Tensor, ...]:
+    """`x (T, H)`, `weight (E, H)`, bias `(E)` or None -> weights `(T, K)`, ids `(T, K)` int32, f `(E)`, that in fp32,
+    three losses, the largest absolute logit, the mean logit.
+
+    logits: `x @ weight^T (T, E)` fp32, or None where the kernels multiply. Weights and f are of x's dtype.
     """
-    (num_tokens, num_experts), top_k, device = logits.shape, options.num_active_experts, logits.device
-    launchers = _launchers(*options, device)
+    num_tokens, num_experts, top_k = x.shape[0], weight.shape[0], options.num_active_experts
+    launchers = _launchers(*options, logits is None, x.device)
     num_programs, span = _spans(num_tokens, launchers.tokens)
-    topk_weights = torch.empty(num_tokens, top_k, dtype=dtype, device=device)
-    topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
-    partials = logits.new_empty(num_programs * (2 * launchers.experts + 4))
-    f = torch.empty(num_experts, dtype=dtype, device=device)
-    load = logits.new_empty(num_experts)
-    scalars = tuple(logits.new_empty(()) for _ in range(5))
-    bias = None if bias is None else bias.contiguous()
-    launchers.forward((num_programs,), logits, bias, topk_weights, topk_ids, partials, num_tokens, span)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    topk_weights = x.new_empty(num_tokens, top_k)
+    topk_ids = empty(num_tokens, top_k, dtype=torch.int32)
+    partials = empty(num_programs * (2 * launchers.experts + 4))
+    f, load, scalars = x.new_empty(num_experts), empty(num_experts), tuple(empty(()) for _ in range(5))
+    launchers.forward(
+        (num_programs,), topk_weights, topk_ids, partials, None if bias is None else bias.contiguous(),
+        *_of_logits(logits, x, weight), num_tokens, span,
+    )  # fmt: skip
     launchers.finish(
         (1,), partials, launchers.balance_scale, launchers.compute_scale, f, load, *scalars, num_programs, num_tokens
     )
@@ -291,17 +367,22 @@ def router_fwd(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, options:
 
 
 def router_bwd(
-    logits: Tensor, topk_ids: Tensor, load: Tensor, dweights: Tensor | None, dz_loss: Tensor | None,
-    dbalance: Tensor | None, dcompute: Tensor | None, dtype: torch.dtype, options: RouterOptions,
+    logits: Tensor | None, x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, dweights: Tensor | None,
+    dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, dtype: torch.dtype,
+    options: RouterOptions, dx: Tensor | None = None, other_dx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """-> gradient of the logits `(T, E)` in `dtype`, from those of the weights `(T, K)` and of the three losses."""
-    num_tokens = logits.shape[0]
-    launchers = _launchers(*options, logits.device)
+    """-> gradient of the logits `(T, E)` in `dtype`, from those of the weights `(T, K)` and of the three losses.
+
+    logits: as in `router_fwd`. Where the kernels multiply `dx (T, H)`, contiguous, is filled with the gradient of x
+    from these, plus other_dx unless that is None, which may be dx itself.
+    """
+    num_tokens = x.shape[0]
+    launchers = _launchers(*options, logits is None, x.device)
     num_programs, span = _spans(num_tokens, launchers.tokens)
-    dlogits = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    dlogits = torch.empty(num_tokens, weight.shape[0], dtype=dtype, device=x.device)
     dweights = None if dweights is None else dweights.contiguous()
     launchers.backward(
-        (num_programs,), logits, topk_ids, dweights, dz_loss, dbalance, dcompute, launchers.balance_scale,
-        launchers.compute_scale, load, dlogits, num_tokens, span,
+        (num_programs,), topk_ids, dweights, dz_loss, dbalance, dcompute, launchers.balance_scale,
+        launchers.compute_scale, load, dlogits, dx, other_dx, *_of_logits(logits, x, weight), num_tokens, span,
     )  # fmt: skip
     return dlogits

@@ -1,5 +1,7 @@
-"""The router on the kernels: one product and two launches forward; backward three products, one of them the logits
-again, which would be T E numbers to keep, and one launch."""
+"""The router on the kernels: two launches forward; one backward, and a product for the weight's gradient. The logits,
+which would be T E numbers to keep, are formed again there.
+
+Where the kernels do not multiply (see `kernels/router.py`) PyTorch does: once forward, twice more backward."""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from triton_moe.kernels.replay import replayed
-from triton_moe.kernels.router import RouterOptions, router_bwd, router_fwd
+from triton_moe.kernels.router import RouterOptions, multiplies, router_bwd, router_fwd
 from triton_moe.layout import ExpertLayout
 from triton_moe.ops.library import Operator, layout_of
 
@@ -37,8 +39,10 @@ def _out_of_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight^T`: operands in x's dtype, result in fp32."""
+def _logits(x: Tensor, weight: Tensor) -> Tensor | None:
+    """`x @ weight^T`: operands in x's dtype, result in fp32; None where the kernels form it."""
+    if multiplies(x, weight.shape[0]):
+        return None
     weight = weight.to(x.dtype).t()
     if x.dtype == torch.float32:
         return torch.mm(x, weight)
@@ -53,7 +57,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
 ) -> tuple[Tensor, ...]:
     """-> what `router_fwd` returns."""
-    return router_fwd(_logits(x, weight), bias, x.dtype, _options(tuple(widths), num_active_experts, *flags))
+    return router_fwd(_logits(x, weight), x, weight, bias, _options(tuple(widths), num_active_experts, *flags))
 
 
 def forward_fake(
@@ -69,6 +73,16 @@ def forward_fake(
     )
 
 
+def _dx_onto(dx: Tensor | None, dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dx plus `dlogits @ weight`, in place, or without a dx the product, in `dtype`."""
+    weight = weight.to(dtype).to(dlogits.dtype)  # as the forward pass had it
+    if dx is None:
+        return torch.mm(dlogits, weight).to(dtype)
+    if dx.dtype == dlogits.dtype:
+        return dx.addmm_(dlogits, weight)
+    return dx.add_(torch.mm(dlogits, weight).to(dtype))
+
+
 @replayed
 @_out_of_autocast
 def gradients_onto(
@@ -80,18 +94,15 @@ def gradients_onto(
     options = _options(tuple(widths), num_active_experts, *flags)
     # The losses' share of a logit's gradient goes like 1 / T, and float16 would lose it.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    rounded = weight.to(x.dtype)  # as the forward pass had it
-    dlogits = router_bwd(_logits(x, rounded), topk_ids, load, dweights, dz_loss, dbalance, dcompute, dtype, options)
     need_x, need_weight = needs
-    grads = []
-    if need_x:
-        multiplied = rounded.to(dtype)
-        if dx is None:
-            grads.append(torch.mm(dlogits, multiplied).to(x.dtype))
-        elif dx.dtype == dtype:
-            dx.addmm_(dlogits, multiplied)
-        else:
-            dx.add_(torch.mm(dlogits, multiplied).to(x.dtype))
+    logits, total = _logits(x, weight), None
+    if need_x and logits is None:
+        total = x.new_empty(x.shape) if dx is None else dx
+    dlosses = dz_loss, dbalance, dcompute
+    dlogits = router_bwd(logits, x, weight, topk_ids, load, dweights, *dlosses, dtype, options, total, dx)
+    if need_x and logits is not None:
+        total = _dx_onto(dx, dlogits, weight, x.dtype)
+    grads = [total] if dx is None and total is not None else []
     return [*grads, torch.mm(dlogits.t(), x.to(dtype)).to(weight.dtype)] if need_weight else grads
 
 
