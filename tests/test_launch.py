@@ -18,13 +18,29 @@ class Kernel:
     def __init__(self) -> None:
         self.slow: list[tuple] = []
         self.fast: list[tuple] = []
+        self.scratch = 0
 
     def __getitem__(self, grid: tuple) -> Any:
         def launch(*args: Any, **options: Any) -> SimpleNamespace:
             self.slow.append((grid, *args))
-            return SimpleNamespace(run=lambda *args: self.fast.append(args), function="f", packed_metadata="m")
+            return SimpleNamespace(run=Run(self), function="f", packed_metadata="m")
 
         return launch
+
+
+class Run:
+    """What a compiled kernel is launched by: itself, or the C function behind it."""
+
+    launch_cooperative_grid, launch_pdl, profile_scratch_size = "cooperative", "pdl", 0
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self.global_scratch_size = kernel, kernel.scratch
+
+    def __call__(self, *args: Any) -> None:
+        self.kernel.fast.append(args)
+
+    def launch(self, *args: Any) -> None:
+        self.kernel.fast.append(("C", *args))
 
 
 @pytest.fixture
@@ -33,7 +49,27 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
     active = SimpleNamespace(get_current_stream=lambda device: "stream")
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(launch, "_TAKES_EACH", False)
     return Kernel()
+
+
+@pytest.mark.parametrize("scratch", [0, 16])
+def test_only_what_needs_scratch_memory_goes_where_it_is_looked_for(
+    scratch: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton_moe.kernels import launch
+
+    monkeypatch.setattr(launch, "_TAKES_EACH", True)
+    kernel.scratch = scratch
+    launcher, x, offsets = launch.Launcher(kernel, BLOCK=8), torch.zeros(64), torch.zeros(64, dtype=torch.int32)
+    for _ in range(2):
+        launcher._launch((4,), 0, (x, offsets, 16, 3))
+    rest = "m", None, None, None, x.data_ptr(), offsets.data_ptr(), 16, 3, 8
+    past = "C", 4, 1, 1, "stream", "f", "cooperative", "pdl", None, None, *rest
+    assert kernel.fast == [(4, 1, 1, "stream", "f", *rest) if scratch else past]
+    again = launcher._again((4,), 0, (x, offsets, 16, 3))
+    assert again is not None
+    assert [again.arguments[place] for place in again.pointers] == [x.data_ptr(), offsets.data_ptr()]
 
 
 def test_only_what_compiles_anew_takes_tritons_way(kernel: Kernel) -> None:

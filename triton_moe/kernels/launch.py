@@ -44,8 +44,20 @@ class Launch(NamedTuple):
 
 
 STREAM = 3
-_FIRST = 9
-"""Place of a launch's first argument of the kernel."""
+_TAKES_EACH = triton.__version__.startswith("3.6.")
+"""Whether Triton's C functions take a kernel's arguments one by one, not as a tuple."""
+
+
+def _way_of(compiled: Any) -> tuple[Callable[..., Any], tuple]:
+    """-> what launches a compiled kernel, and what that wants between the stream and the kernel's arguments.
+
+    `compiled.run` looks for scratch memory at every launch, and takes all arguments apart and together again. Where no
+    scratch memory is needed its C function is launched past it.
+    """
+    run, function, rest = compiled.run, compiled.function, (compiled.packed_metadata, None, None, None)
+    if _TAKES_EACH and not run.global_scratch_size and not run.profile_scratch_size:
+        return run.launch, (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
+    return run, (function, *rest)
 
 
 class Watcher(Protocol):
@@ -128,9 +140,8 @@ class Launcher:
             if key is not None:
                 self._remember(key, compiled, len(args))
             return
-        run, function, metadata, constexprs = known
-        stream = current_stream(device)
-        run(*grid, *_ONES[len(grid)], stream, function, metadata, None, None, None, *values, *constexprs)
+        run, wanted, constexprs = known
+        run(*grid, *_ONES[len(grid)], current_stream(device), *wanted, *values, *constexprs)
 
     def _values_and_key(self, device: int, args: tuple) -> tuple[list, tuple | None]:
         """-> what Triton's C function takes for the arguments, and what they ask of a compiled kernel, None if that is
@@ -161,33 +172,33 @@ class Launcher:
         if len(self._compiled) >= _MAX_COMPILED:
             self._compiled.clear()
         constexprs = [self.options[name] for name in self.kernel.arg_names[num_args:]]
-        self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constexprs
+        self._compiled[key] = *_way_of(compiled), constexprs
 
     def _again(self, grid: tuple[int, ...], device: int, args: tuple) -> Launch | None:
         """The launch just made, or None if only Triton's way can make it."""
         values, key = self._values_and_key(device, args)
         if device < 0:
             dtypes = [None if arg is None or arg.__class__ is int else arg.dtype for arg in args]
-            run, function, metadata, constexprs = functools.partial(self._interpret, dtypes), None, None, ()
+            run, wanted, constexprs = functools.partial(self._interpret, dtypes), (), ()
         else:
             known = None if key is None else self._compiled.get(key)
             if known is None:
                 return None
-            run, function, metadata, constexprs = known
-        head = [*grid, *_ONES[len(grid)], None, function, metadata, None, None, None]
+            run, wanted, constexprs = known
+        head = [*grid, *_ONES[len(grid)], None, *wanted]
         kinds = [arg.__class__ for arg in args]
         return Launch(
             run,
             [*head, *values, *constexprs],
-            [i for i, kind in enumerate(kinds, _FIRST) if kind not in (int, type(None), TensorDescriptor)],
-            [i for i, kind in enumerate(kinds, _FIRST) if kind is TensorDescriptor],
+            [i for i, kind in enumerate(kinds, len(head)) if kind not in (int, type(None), TensorDescriptor)],
+            [i for i, kind in enumerate(kinds, len(head)) if kind is TensorDescriptor],
         )
 
     def _interpret(self, dtypes: list[torch.dtype | None], *arguments: Any) -> None:
         """A `Launch.run` for the interpreter. `dtypes`: of what the kernel's arguments point to."""
         given = [
             value if dtype is None else _element_at(value, dtype)
-            for dtype, value in zip(dtypes, arguments[_FIRST:], strict=True)
+            for dtype, value in zip(dtypes, arguments[STREAM + 1 :], strict=True)
         ]
         self._launch_slowly(arguments[:STREAM], tuple(given))
 
