@@ -31,9 +31,12 @@ from triton_moe.kernels.hopper.pipeline import (
     make_buffers,
     make_ring,
     make_schedule,
+    make_table,
     mbarrier,
     multiply,
     pieces,
+    pointer_at,
+    scalar_at,
     store_box,
     tma,
     wide_layout,
@@ -42,16 +45,20 @@ from triton_moe.kernels.hopper.pipeline import (
 
 DH_PIECE_N = gl.constexpr(32)
 """Columns that a consumer of dh finishes at a time: with more, its registers would not suffice."""
+PRE, DPRE, ACT_WEIGHTED, ROW_TO_SLOT, TOPK_WEIGHTS, DWEIGHTS_PARTIAL, NUM_PARTIALS, NUM_STEPS = map(
+    gl.constexpr, range(8)
+)
+"""Places in the table of dh's consumers."""
 
 
 @gluon.jit
 def finish_dh(
     operands,
-    HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, B_BY_K: gl.constexpr, EVEN: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    WEIGHT: gl.constexpr, HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, B_BY_K: gl.constexpr,
+    EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    (ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, row_to_slot, num_partials,
-     H) = operands  # fmt: skip
+    """WEIGHT: the type of a routing weight."""
+    ring, schedule, buffers, table = operands
     gate_in = buffers.index(4 * HALF)
     up_in = buffers.index(4 * HALF + 1)
     first_out = buffers.index(4 * HALF + 2)
@@ -69,15 +76,18 @@ def finish_dh(
         start += HALF * HALF_M
         num_rows -= HALF * HALF_M
         first = line.to(gl.int64) * PIECE_N
-        pre_block, dpre_block, weighted_block = pre + PARTS * first, dpre + PARTS * first, act_weighted + first
+        pre_block = pointer_at(table, PRE, buffers.dtype) + PARTS * first
+        dpre_block = pointer_at(table, DPRE, buffers.dtype) + PARTS * first
+        weighted_block = pointer_at(table, ACT_WEIGHTED, buffers.dtype) + first
         num_cols = gl.minimum(pitch - col, BLOCK_N)
         own = (start, num_rows, count, pitch)
         copy_columns(gate_in, pre_block, own, 0, col, num_cols, PARTS, EVEN)
         if GATED:
             copy_columns(up_in, pre_block, own, 1, col, num_cols, PARTS, EVEN)
         async_copy.commit_group()
+        num_steps = scalar_at(table, NUM_STEPS).to(gl.int32)
         acc, stage, phase = multiply(
-            ring, stage, phase, H // BLOCK_K, num_rows > 0, HALF, BLOCK_N, STAGES, True, True, B_BY_K
+            ring, stage, phase, num_steps, num_rows > 0, HALF, BLOCK_N, STAGES, True, True, B_BY_K
         )
         t0, t1, t2, t3 = pieces(acc)
         p0, p1 = halves(t0)
@@ -87,15 +97,14 @@ def finish_dh(
         layout: gl.constexpr = p0.type.layout
         rows = gl.arange(0, HALF_M, layout=gl.SliceLayout(1, layout))
         exists = rows < num_rows
-        slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
-        weight = gl.load(topk_weights + slots, mask=exists, other=0).to(gl.float32)[:, None]
+        slots = gl.load(pointer_at(table, ROW_TO_SLOT, gl.int32) + first_row + rows, mask=exists, other=0)
+        weight = gl.load(pointer_at(table, TOPK_WEIGHTS, WEIGHT) + slots, mask=exists, other=0).to(gl.float32)[:, None]
         dweights = gl.zeros((HALF_M,), gl.float32, gl.SliceLayout(1, layout))
         # A loop whose pieces move up by one: unrolled, the code would not fit into the instruction cache.
         for at in range(0, num_cols, DH_PIECE_N):
             async_copy.wait_group(0)
             gate = gate_in.load(layout).to(gl.float32)
             act = act_fwd(gate, ACTIVATION, True)
-            slope = act_bwd(gate, ACTIVATION, True)
             up = up_in.load(layout).to(gl.float32) if GATED else 1.0
             after = at + DH_PIECE_N
             copy_columns(gate_in, pre_block, own, 0, col + after, num_cols - after, PARTS, EVEN)
@@ -111,14 +120,14 @@ def finish_dh(
             dproduct = p0 * weight
             if GATED:
                 store_columns(second_out, dproduct * act, dpre_block, own, 1, col + at, cols, PARTS, EVEN)
-            dgate = dproduct * up * slope
+            dgate = dproduct * up * act_bwd(gate, ACTIVATION, True)
             store_columns(first_out, dgate, dpre_block, own, 0, col + at, cols, PARTS, EVEN)
             p0, p1, p2, p3, p4, p5, p6 = p1, p2, p3, p4, p5, p6, p7
         async_copy.wait_group(0)
         # Loaded again: kept, they would cost registers.
-        slots = gl.load(row_to_slot + first_row + rows, mask=exists, other=0)
-        partials = dweights_partial + slots.to(gl.int64) * num_partials + col // BLOCK_N
-        gl.store(partials, dweights, mask=exists)
+        slots = gl.load(pointer_at(table, ROW_TO_SLOT, gl.int32) + first_row + rows, mask=exists, other=0)
+        places = slots.to(gl.int64) * scalar_at(table, NUM_PARTIALS) + col // BLOCK_N
+        gl.store(pointer_at(table, DWEIGHTS_PARTIAL, gl.float32) + places, dweights, mask=exists)
         line, width, _, first_row, start, num_rows, col = hear(schedule, turn)
 
 
@@ -134,14 +143,19 @@ def grouped_gemm_dh_hopper_kernel(
     buffers = make_buffers(dout.dtype.element_ty, 8, DH_PIECE_N)
     schedule = make_schedule(numbers + 3, num_ragged_tiles(numbers, BLOCK_N))
     tables = (widths, offsets, row_offsets, ragged_offsets, tiles)
-    consumer = (
-        ring, schedule, buffers, pre, topk_weights, dpre, act_weighted, dweights_partial, row_to_slot, num_partials, H
+    table = make_table(
+        (
+            pre.to(gl.int64), dpre.to(gl.int64), act_weighted.to(gl.int64), row_to_slot.to(gl.int64),
+            topk_weights.to(gl.int64), dweights_partial.to(gl.int64), num_partials, H // BLOCK_K,
+        )
     )  # fmt: skip
+    WEIGHT: gl.constexpr = topk_weights.dtype.element_ty
+    consumer = (ring, schedule, buffers, table)
     producer = (ring, schedule, dout, w2, w2, tables, row_to_slot, H, stride_dt)
     gl.warp_specialize(
         [
-            (finish_dh, (consumer, 0, ACTIVATION, GATED, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
-            (finish_dh, (consumer, 1, ACTIVATION, GATED, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_dh, (consumer, WEIGHT, 0, ACTIVATION, GATED, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
+            (finish_dh, (consumer, WEIGHT, 1, ACTIVATION, GATED, B_BY_K, EVEN, BLOCK_M, BLOCK_N, STAGES)),
             (produce, (producer, TOP_K, B_BY_K, EVEN, False, BLOCK_M, BLOCK_N, BLOCK_N, STAGES)),
         ],
         [4, 4],

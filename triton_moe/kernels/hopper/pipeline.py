@@ -57,6 +57,16 @@ def wide_layout(columns):
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def piece_layout(columns):
+    """`wide_layout`; but of the 64 rows of a piece of 32 columns a warp has those that it has in an accumulator, so
+    that their numbers are in registers once. With 64 columns this makes `up` slower."""
+    if columns != 32:
+        return wide_layout(columns)
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 32])
+
+
 @gluon.jit
 def make_ring(
     element: gl.constexpr, A_SHAPE_0: gl.constexpr, A_SHAPE_1: gl.constexpr, B_SHAPE_0: gl.constexpr,
@@ -123,14 +133,35 @@ def scalar_at(memory, index: gl.constexpr):
 
 
 @gluon.jit
+def one_each(numbers):
+    """Some integers of one type, the first in the first thread, and so on."""
+    threads = gl.arange(0, PRODUCER_THREADS, layout=THREADS_LAYOUT)
+    spread = numbers[0] + (0 * threads).to(numbers[0].dtype)
+    for i in gl.static_range(1, len(numbers)):
+        spread = gl.where(threads == i, numbers[i], spread)
+    return spread
+
+
+@gluon.jit
+def make_table(numbers):
+    """Integers of 64 bits in shared memory, for `scalar_at`. What a warpgroup is given instead it holds in registers,
+    from its first tile to its last."""
+    table = gl.allocate_shared_memory(gl.int64, [PRODUCER_THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    table.store(one_each(numbers))
+    return table
+
+
+@gluon.jit
+def pointer_at(table, index: gl.constexpr, element: gl.constexpr):
+    return scalar_at(table, index).to(gl.pointer_type(element))
+
+
+@gluon.jit
 def tell(schedule, place, turn):
     """Tell the consumers a tile's place, seven numbers. `turn` counts the calls."""
     _, _, _, places, told, heard = schedule
     slot = turn % 2
-    threads = gl.arange(0, PRODUCER_THREADS, layout=THREADS_LAYOUT)
-    numbers = place[0] + 0 * threads
-    for i in gl.static_range(1, 7):
-        numbers = gl.where(threads == i, place[i], numbers)
+    numbers = one_each(place)
     mbarrier.wait(heard.index(slot), turn // 2 % 2 ^ 1)
     places.index(slot).store(numbers)
     mbarrier.arrive(told.index(slot), count=1)
@@ -243,7 +274,7 @@ def row_pointers(start, stride, num_rows, num_cols, ROWS: gl.constexpr, COLUMNS:
 @gluon.jit
 def copy_rows(buffer, start, stride, num_rows, num_cols):
     """Start copying a tile into `buffer`, zeros outside of num_rows and num_cols; see `row_pointers`."""
-    layout: gl.constexpr = wide_layout(buffer.shape[1])
+    layout: gl.constexpr = piece_layout(buffer.shape[1])
     pointers, mask = row_pointers(start, stride, num_rows, num_cols, buffer.shape[0], buffer.shape[1], layout)
     copy_elements(buffer, pointers, mask)
 
@@ -251,7 +282,7 @@ def copy_rows(buffer, start, stride, num_rows, num_cols):
 @gluon.jit
 def store_rows(buffer, tile, start, stride, num_rows, num_cols):
     """Store the part of a tile, of any layout, within num_rows and num_cols, by way of `buffer`; see `row_pointers`."""
-    layout: gl.constexpr = wide_layout(tile.shape[1])
+    layout: gl.constexpr = piece_layout(tile.shape[1])
     pointers, mask = row_pointers(start, stride, num_rows, num_cols, tile.shape[0], tile.shape[1], layout)
     buffer.store(tile.to(buffer.dtype))
     gl.store(pointers, buffer.load(layout), mask=mask)
