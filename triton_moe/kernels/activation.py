@@ -62,8 +62,8 @@ def act_fwd(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr = False):
 
 
 @triton.jit
-def act_bwd(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr = False):
-    """act'(z), fp32."""
+def act_bwd(z, act, ACTIVATION: tl.constexpr, FAST: tl.constexpr = False):
+    """act'(z), fp32, where `act` is act(z)."""
     if ACTIVATION == "none":
         return tl.where(z <= 0, 1.0, 1.0)  # ones of z's shape and, in Gluon, layout
     elif ACTIVATION == "relu":
@@ -72,14 +72,14 @@ def act_bwd(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr = False):
         return tl.where(z <= 0, 0.0, 2 * z)
     elif ACTIVATION == "silu":
         s = sigmoid(z, FAST)
-        return s * (1 + z * (1 - s))
+        return s + act * (1 - s)
     elif ACTIVATION == "gelu":
         return 0.5 * (1 + tl.erf(z * _SQRT_HALF)) + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         s = gelu_tanh_gate(z, FAST)
         rest = gelu_tanh_gate(-z, FAST)  # 1 - s, whose rounding the polynomial below would multiply
-        return s + 2 * z * s * rest * (1 + z * z * 3 * _TANH_CUBIC) * _TANH_SCALE
+        return s + 2 * act * rest * (1 + z * z * 3 * _TANH_CUBIC) * _TANH_SCALE
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def store_dpre(dpre_ptrs, pitch, mask, gate, up, act, dact, ACTIVATION: tl.const
     """Gradient of a pre-activation tile from `dact`, that of its activation; `act` is act(gate). -> both its halves in
     fp32, the second of which is nobody's without a gate."""
     element = dpre_ptrs.dtype.element_ty
-    dgate, dup = dact * up * act_bwd(gate, ACTIVATION), dact * act
+    dgate, dup = dact * up * act_bwd(gate, act, ACTIVATION), dact * act
     tl.store(dpre_ptrs, dgate.to(element), mask=mask)
     if GATED:
         tl.store(dpre_ptrs + pitch, dup.to(element), mask=mask)

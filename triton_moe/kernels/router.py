@@ -281,13 +281,13 @@ class _Launchers(NamedTuple):
 
 @functools.cache  # for good: a captured graph keeps the tables' addresses
 def _launchers(
-    layout: ExpertLayout, top_k: int, softmax: bool, normalize: bool, aux: bool, multiplies: bool, device: torch.device
+    layout: ExpertLayout, top_k: int, softmax: bool, normalize: bool, aux: bool, multiply: bool, device: torch.device
 ) -> _Launchers:
     num_experts = layout.num_experts
     experts = triton.next_power_of_2(num_experts)
     tile: dict[str, int] = {"TOKENS": max(1, min(32, _TILE // experts)), "BLOCK_H": 1}
     backward = tile
-    if multiplies:
+    if multiply:
         experts = max(16, experts)  # the least that tensor cores take
         tile = {"TOKENS": 64 if experts <= 64 else 32, "BLOCK_H": 64, "num_warps": 4 if experts <= 64 else 8}
         backward = tile | {"BLOCK_H": 128, "num_stages": 2}

@@ -61,8 +61,9 @@ def finish_dh(
     ring, schedule, buffers, table = operands
     gate_in = buffers.index(4 * HALF)
     up_in = buffers.index(4 * HALF + 1)
-    first_out = buffers.index(4 * HALF + 2)
-    second_out = buffers.index(4 * HALF + 3)
+    dgate_out = buffers.index(4 * HALF + 2)
+    dup_out = buffers.index(4 * HALF + 3)
+    weighted_out = dgate_out if GATED else dup_out  # not the one used just before
     PARTS: gl.constexpr = 2 if GATED else 1
     stage = 0
     phase = 0
@@ -116,12 +117,13 @@ def finish_dh(
             cols = DH_PIECE_N if EVEN else num_cols - at
             product = act * up
             dweights += gl.sum(p0 * product, axis=1)
-            store_columns(first_out, product * weight, weighted_block, own, 0, col + at, cols, 1, EVEN)
             dproduct = p0 * weight
+            # In this order, by which registers come free, nothing spills.
+            dgate = dproduct * up * act_bwd(gate, act, ACTIVATION, True)
+            store_columns(dgate_out, dgate, dpre_block, own, 0, col + at, cols, PARTS, EVEN)
             if GATED:
-                store_columns(second_out, dproduct * act, dpre_block, own, 1, col + at, cols, PARTS, EVEN)
-            dgate = dproduct * up * act_bwd(gate, ACTIVATION, True)
-            store_columns(first_out, dgate, dpre_block, own, 0, col + at, cols, PARTS, EVEN)
+                store_columns(dup_out, dproduct * act, dpre_block, own, 1, col + at, cols, PARTS, EVEN)
+            store_columns(weighted_out, product * weight, weighted_block, own, 0, col + at, cols, 1, EVEN)
             p0, p1, p2, p3, p4, p5, p6 = p1, p2, p3, p4, p5, p6, p7
         async_copy.wait_group(0)
         # Loaded again: kept, they would cost registers.
