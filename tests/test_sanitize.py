@@ -3,6 +3,7 @@ to."""
 
 import csv
 import stat
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,9 @@ def test_reports() -> None:
         "gather_kernel": 1, "at::native::vectorized_elementwise_kernel": 1, "host": 1, "scatter_fwd_kernel": 1,
     }  # fmt: skip
     assert [kernel for kernel in found if sanitize.is_ours(kernel)] == ["gather_kernel", "scatter_fwd_kernel"]
+    many = "========= ERROR SUMMARY: 12 errors were not printed. Use --print-limit option to adjust the number\n"
+    assert sanitize.reports(LOG + many) == found + Counter(unprinted_kernel=12)
+    assert sanitize.is_ours("unprinted_kernel")
     assert sanitize.reports("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n") == {}
 
 
