@@ -6,6 +6,7 @@ Each expert's rows are padded to a multiple of `block_size`, then gathered; the 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from triton_moe.functional import matmul_dtype
 from triton_moe.moe import AUX, MoEConfig
 from triton_moe.router import choose_experts, route_tokens
 from triton_moe.torch_backend import ACTIVATION
+
+OURS_ALONE = ("bias", "load_balance", "balancing", "weights_scale", "groups", "shared_null_logit", "shared_width")
+"""Options of `MoEConfig` of which the reference has the defaults alone."""
 
 
 class PaddedRows(NamedTuple):
@@ -60,7 +64,7 @@ class MoEMLP(triton_moe.MoEMLP):
     `ceil(log2(E))` bits of the block column. Outputs and the gradient of x are right, those of w1, w2 and w3 are not,
     once an expert is wider than a block (see docs/gradients.md).
 
-    Raises ValueError if a width is no multiple of `config.block_size`.
+    Raises ValueError if a width is no multiple of `config.block_size`, or for an option of `OURS_ALONE`.
     """
 
     def __init__(
@@ -72,6 +76,10 @@ class MoEMLP(triton_moe.MoEMLP):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_blocks(config.layout, config.block_size)
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name in OURS_ALONE and value != field.default:
+                raise ValueError(f"{field.name}: expected {field.default!r} for the reference, got {value!r}")
         super().__init__(config, device=device, dtype=dtype)
         self.sort_bits = historical_bits(self.layout.num_experts) if historical else None
 

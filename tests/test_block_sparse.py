@@ -160,6 +160,24 @@ def test_the_reference_is_the_layer(config: MoEConfig, num_tokens: int) -> None:
     assert_same(outcome(theirs, num_tokens), outcome(ours, num_tokens))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bias", True),
+        ("load_balance", "sequence"),
+        ("balancing", triton_moe.BiasBalancing()),
+        ("weights_scale", 2.5),
+        ("groups", triton_moe.GroupLimit(2, 1)),
+        ("shared_null_logit", True),
+        ("shared_width", 8),
+    ],
+)
+def test_an_option_it_lacks_is_refused(name: str, value: object) -> None:
+    config = MoEConfig([(4, 8), (2, 0)], num_active_experts=2, hidden_size=8, block_size=8)
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        MoEMLP(dataclasses.replace(config, **{name: value}))
+
+
 def test_shapes_and_state_dict_are_the_layers() -> None:
     theirs, ours = layers(CONFIGS["widths, gated"])
     assert theirs.state_dict().keys() == ours.state_dict().keys()
