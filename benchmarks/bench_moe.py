@@ -20,10 +20,10 @@ import torch
 from cases import BenchCase
 from command import SHOWN, Measured, Run, add_cases, cases_of, conclude, parser_of, run_of
 from gate import initial_state, tokens
-from measure import MEASURES, Row, admitted, described
+from measure import MEASURES, Row, admitted, crashed, described
 from results import append
 from stages import stages_of
-from timing import QUICK, Call, Effort, wall_times
+from timing import QUICK, Call, CallFailed, Effort, wall_times
 
 PROFILED = ("stk", "triton_moe")
 PROFILED_ON_CPU = ("block_sparse", "triton_moe")
@@ -41,7 +41,15 @@ def profile(run: Run, case: BenchCase) -> Measured:
             raise ValueError(f"contestants: expected some that can be taken apart, got {name!r}")
         calls[name, FORWARD] = wholes[name]["forward"]
         calls |= {(name, stage): call for stage, call in stages_of(layer.module, x).items()}
-    times = wall_times(calls, run.device, QUICK if run.quick else PROFILING)
+    while True:
+        try:
+            times = wall_times(calls, run.device, QUICK if run.quick else PROFILING)
+            break
+        except CallFailed as failed:
+            crasher, _ = failed.name  # type: ignore[misc]
+            refusals.append(crashed(case, crasher, failed.__cause__))
+            del layers[crasher]
+            calls = {key: call for key, call in calls.items() if key[0] != crasher}
     rows: list[Row] = []
     for name in layers:
         of_layer = {stage: time.median for (owner, stage), time in times.items() if owner == name}
@@ -55,6 +63,7 @@ def profile(run: Run, case: BenchCase) -> Measured:
             share = of_layer["topology"] / forward
             print(f"{case.name}: the topology takes {share:.1%} of the forward pass of {name}", flush=True)
     append(run.path, rows)
+    run.keep(refusals)
     return Measured(case, rows, refusals)
 
 

@@ -84,10 +84,14 @@ class Run:
         if "launches" not in what:
             rows = [row | machine for row in rows]
             append(self.path, rows)
-        failures = [{"benchmark": self.benchmark, **asdict(refusal)} for refusal in refusals if refusal.is_failure]
-        append(self.folder / "refused.csv", [row | provenance(self.device) for row in failures])
+        self.keep(refusals)
         print(f"{case.name}: {len(rows)} contestants measured", flush=True)
         return Measured(case, rows, refusals)
+
+    def keep(self, refusals: Sequence[Refusal]) -> None:
+        """A row for each contestant that crashed or is wrong."""
+        failures = [{"benchmark": self.benchmark, **asdict(refusal)} for refusal in refusals if refusal.is_failure]
+        append(self.folder / "refused.csv", [row | provenance(self.device) for row in failures])
 
     def time_all(self, cases: Sequence[BenchCase], what: Sequence[str]) -> list[Measured]:
         """Measure cases one after the other. The profiler waits until all is timed; if the command is ended before, by

@@ -58,7 +58,7 @@ def _refused(case: BenchCase, contestant: str, kind: str, reason: str) -> Refusa
     return Refusal(case.name, contestant, kind, reason)
 
 
-def _crashed(case: BenchCase, contestant: str, error: BaseException | None) -> Refusal:
+def crashed(case: BenchCase, contestant: str, error: BaseException | None) -> Refusal:
     """A peer's own fault, whatever it is, is a result."""
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return _refused(case, contestant, "crashed", reason)
@@ -80,7 +80,7 @@ def _admit(case: BenchCase, name: str, gate: Gate, state: State) -> tuple[Layer,
     except CannotRun as error:
         return _refused(case, name, "skipped", str(error))
     except Exception as error:
-        return _crashed(case, name, error)
+        return crashed(case, name, error)
 
 
 def admitted(
@@ -115,7 +115,7 @@ def measure(
             try:
                 times = wall_times({name: calls[name][kind] for name in layers}, device, QUICK if quick else None)
             except CallFailed as failed:
-                refusals.append(_crashed(case, str(failed.name), failed.__cause__))
+                refusals.append(crashed(case, str(failed.name), failed.__cause__))
                 del layers[str(failed.name)]
                 continue
             for name, layer in layers.items():
@@ -128,7 +128,7 @@ def measure(
         try:
             used = None if layer.replayed else memory(partial(layer.forward, x), dout, layer.parameters)
         except Exception as error:
-            refusals.append(_crashed(case, name, error))
+            refusals.append(crashed(case, name, error))
             del layers[name]
             continue
         values = (used.saved, used.held, used.peak) if used else (None,) * 3

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from roofline import roofline
 from stages import STAGES
-from tables import REFERENCE, Rows, Table, gradients_of, newest, rows_of, tables_of
+from tables import REFERENCE, Rows, Table, command_of, gradients_of, newest, rows_of, tables_of
 
 Draw = Callable[[Rows], Figure | None]
 STYLE = """
@@ -35,8 +35,17 @@ def _last_of_each(rows: Rows, *keys: str) -> Rows:
     return list({tuple(row[key] for key in keys): row for row in rows}.values())
 
 
+def _fullest_run(rows: Rows) -> Rows:
+    """A case's rows of the command that had most contestants, the newest of these: only one run's can be compared."""
+    runs: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        runs.setdefault(command_of(row), {})[row["contestant"]] = row
+    return list(max(reversed(runs.values()), key=len).values())
+
+
 def dots(*columns: str) -> Draw:
-    """A panel for each of these columns that has numbers: a line a case, a dot a contestant. Nothing if none has."""
+    """A panel for each of these columns that has numbers: a line a case, a dot a contestant of one run. Nothing if none
+    has."""
 
     def draw(rows: Rows) -> Figure | None:
         present = [column for column in columns if any(row.get(column) for row in rows)]
@@ -45,7 +54,8 @@ def dots(*columns: str) -> Draw:
         cases = list(dict.fromkeys(row["case"] for row in rows))
         figure, panels = _axes(len(present), max(4.5, 0.3 * len(cases)))
         for axes, column in zip(panels, present, strict=True):
-            used = _last_of_each([row for row in rows if row[column]], "case", "contestant")
+            of_cases = ([row for row in rows if row["case"] == case and row[column]] for case in cases)
+            used = [row for of_case in of_cases if of_case for row in _fullest_run(of_case)]
             for name in dict.fromkeys(row["contestant"] for row in used):
                 of_name = [row for row in used if row["contestant"] == name]
                 places = [cases.index(row["case"]) for row in of_name]

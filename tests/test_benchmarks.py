@@ -35,7 +35,8 @@ import tables
 import torch
 from cases import CASES, GROUPS, bench_case, select, with_batch_sizes
 
-from triton_moe import MoEConfig, moe_mlp, products
+from reference.moe import MoEMLP as BlockSparseMoEMLP
+from triton_moe import MoEConfig, MoEMLP, moe_mlp, products
 from triton_moe.testing import SEED_CASES
 
 PROVENANCE = ["gpu", "driver", "torch", "triton", "python", "commit", "date"]
@@ -209,6 +210,24 @@ def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sum(percents[:-1]) == pytest.approx(100, abs=0.5)
         assert all(float(row["ms"]) > 0 for row in of_contestant if row["stage"] != "rest")
     assert "quick_variable: the topology takes" in capsys.readouterr().out
+
+
+def test_a_contestant_that_raises_while_it_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken_apart = bench_moe.stages_of
+
+    def broken() -> None:
+        raise RuntimeError("illegal memory access")
+
+    def stages_of(layer: MoEMLP, x: torch.Tensor) -> dict[str, Any]:
+        found = taken_apart(layer, x)
+        return {**found, "up": broken} if isinstance(layer, BlockSparseMoEMLP) else found
+
+    monkeypatch.setattr(bench_moe, "stages_of", stages_of)
+    arguments = ["--quick", "--profile", "--cases", "quick_uniform", "--out", str(tmp_path)]
+    assert bench_moe.main(arguments) == 0
+    assert {row["contestant"] for row in rows_of(tmp_path / "bench_profile.csv")} == {"triton_moe"}
+    (row,) = rows_of(tmp_path / "refused.csv")
+    assert (row["benchmark"], row["contestant"], row["kind"]) == ("bench_profile", "block_sparse", "crashed")
 
 
 def test_the_stages_make_up_the_forward_pass() -> None:

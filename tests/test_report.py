@@ -7,11 +7,12 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import report
 import results
 import tables
-from page import PLOTS, page
+from page import PLOTS, dots, page
 from typer.testing import CliRunner
 
 from triton_moe import cli
@@ -245,3 +246,23 @@ def test_another_name_is_refused(name: str) -> None:
     assert "name: expected one of accuracy, cold_start, decode, forward, " in done.output
     assert ", stress, train, validate_training, got " in done.output
     assert f"got '{name}'" in done.output
+
+
+def test_a_plot_compares_one_run() -> None:
+    """That which had most contestants; the newest of such."""
+    rows = [
+        {"case": case, "contestant": contestant, "commit": commit, "date": "", "gpu": "", "ms": ms}
+        for case, contestant, commit, ms in [
+            ("one", "ours", "a", "1"),
+            ("one", "theirs", "a", "2"),
+            ("one", "ours", "b", "3"),
+            ("one", "theirs", "b", "4"),
+            ("one", "ours", "c", "5"),
+            ("two", "ours", "c", "6"),
+        ]
+    ]
+    figure = dots("ms")(rows)
+    assert figure is not None
+    (axes,) = figure.axes
+    drawn = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in axes.get_lines()}
+    assert drawn == {"ours": [3, 6], "theirs": [4]}
