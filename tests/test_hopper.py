@@ -30,6 +30,8 @@ def describe(name, kernel, options):
         "name": name,
         "activation": options.get("ACTIVATION"),
         "even": options["EVEN"],
+        "gated": options.get("GATED"),
+        "kept": [options.get("KEEP_PRE"), options.get("KEEP_ACT")],
         "spill": spilled(said),
         "serialized": len(re.findall(r"C7510|C7515|serializ", said)),
         "wgmma": ptx.count("wgmma.mma_async.sync.aligned.m64n256k16"),
@@ -41,28 +43,33 @@ def describe(name, kernel, options):
     }
 
 from triton_moe import ExpertLayout
+from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.route import route
 
 hopper._num_programs = lambda device: 132
 jit.JITFunction.run = lambda *args, **options: None
-T, H, K = 256, 1536, 2
-routed = lambda *widths: route(torch.zeros(T, K, dtype=torch.int32), ExpertLayout(widths), panels=True)
+T, H = 256, 1536
+def routed(*widths, K=2):
+    return route(torch.zeros(T, K, dtype=torch.int32), ExpertLayout(widths), panels=True)
+
 EVEN, UNEVEN, ODD = routed(512, 64, 0, 128), routed(512, 96, 0, 200), routed(512, 97, 0, 199)
 describe_each(describe)
 
 def launch_all(routing, dtype, activation, turned=False, of_dh_alone=False):
+    K = routing.top_k
     S, R = routing.layout.total_width, T * K
     empty = lambda *shape: torch.zeros(*shape, dtype=dtype)
     x, y, weights, partial = empty(T, H), empty(R, H), torch.zeros(T, K), torch.zeros(2 * R)
-    gated = activation != "relu_squared"
+    gated = is_gated(activation)
     one, pre = empty(R * 512), empty((1 + gated) * R * 512)
     w1, w2 = (empty(S, H).t(), empty(H, S).t()) if turned else (empty(H, S), empty(S, H))
     up = w1 if gated else None
     hopper.dh(x, w2, pre, weights, routing, activation, pre, one, partial)
     if of_dh_alone:
         return
-    hopper.up_fwd(x, w1, up, one, pre, routing, activation)
+    for kept in ((one, pre), (one, None), (None, pre)):  # training, inference, once more in backward
+        hopper.up_fwd(x, w1, up, *kept, routing, activation)
     hopper.down_fwd(one, w2, None, y, routing)
     grads = [w1, up] if gated else [w1]
     hopper.dw(x, one, [w2.t()], routing, 1, 0)
@@ -77,12 +84,15 @@ for activation in ("swiglu", "relu_squared"):
     launch_all(UNEVEN, torch.bfloat16, activation, turned=activation == "swiglu")
     launch_all(ODD, torch.bfloat16, activation)
 launch_all(EVEN, torch.float16, "geglu_tanh")
-for activation in ("geglu", "reglu", "geglu_tanh"):
+for activation in ACTIVATIONS:
     for routing in (EVEN, UNEVEN):
         launch_all(routing, torch.bfloat16, activation, of_dh_alone=True)
+for K in (1, 8):
+    launch_all(routed(512, 64, 0, 128, K=K), torch.bfloat16, "swiglu", of_dh_alone=True)
 """
 
 
+@pytest.mark.timeout(600)  # some forty kernels
 def test_compiles_to_what_hopper_is_fast_at() -> None:
     kernels = [kernel for kernel in compiled_by(PROGRAM, 90) if kernel]
     assert {kernel["name"] for kernel in kernels} == {
@@ -96,8 +106,8 @@ def test_compiles_to_what_hopper_is_fast_at() -> None:
         # A producer's threads copy gathered rows, and what is left of an expert after its last panel.
         assert kernel["wide_copies"] >= 8 or ("_down_" in kernel["name"] and kernel["even"]), kernel
         if "_up_" in kernel["name"]:
-            parts = 1 if kernel["activation"] == "relu_squared" else 2  # of 256 columns in pieces of 64
-            assert kernel["stores"] == 2 * (parts + 1) * 4 // parts, kernel  # two consumers; the activation too
+            parts, (keeps_pre, keeps_act) = 1 + kernel["gated"], kernel["kept"]  # of 256 columns in pieces of 64
+            assert kernel["stores"] == 2 * (parts * keeps_pre + keeps_act) * 4 // parts, kernel  # two consumers
         if "_down_" in kernel["name"]:
             assert (kernel["wide_copies"] == 0) == kernel["even"], kernel
             assert kernel["boxes"] == 2, kernel  # a panel, and weights
