@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from triton_moe import BiasBalancing, ExpertLayout, GroupLimit, MoEConfig, MoEMLP
 from triton_moe.functional import gather_autograd, route
@@ -77,6 +79,21 @@ def test_one_graph(dynamic: bool, changes: dict, device: str) -> None:
     assert_same(compiled_step, step(layer, layer, x))
     for name, buffer in layer.named_buffers():
         torch.testing.assert_close(state[name], buffer)
+
+
+def test_one_operator_each_way(device: str) -> None:
+    """What graphs have of ours: the layer in the forward pass's, its gradients in the backward pass's, nothing else."""
+    graphs: list[list[str]] = []
+
+    def noted(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        graphs.append([name for name in called if name.startswith("triton_moe.")])
+        return make_boxed_func(graph.forward)
+
+    layer = layer_on(device)
+    backend = aot_autograd(fw_compiler=noted, bw_compiler=noted)
+    step(layer, torch.compile(layer, fullgraph=True, backend=backend), torch.randn(9, H, device=device))
+    assert graphs == [["triton_moe.moe_layer.default"], ["triton_moe.moe_layer_backward.default"]]
 
 
 def test_a_new_batch_size_compiles_nothing(device: str) -> None:
