@@ -92,7 +92,7 @@ for K in (1, 8):
 """
 
 
-@pytest.mark.timeout(600)  # some forty kernels
+@pytest.mark.timeout(600)  # a minute and a half alone
 def test_compiles_to_what_hopper_is_fast_at() -> None:
     kernels = [kernel for kernel in compiled_by(PROGRAM, 90) if kernel]
     assert {kernel["name"] for kernel in kernels} == {
