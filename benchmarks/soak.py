@@ -2,10 +2,11 @@
 
     python benchmarks/soak.py --seconds 480 --backend hopper
 
-A layer learns what another one does, from 1 to `--tokens` tokens a step; the routing moves as the router learns, and
-now and then all tokens prefer the same experts. Every `--check-every` steps one batch is held to the error budget,
-output and every gradient, on the weights of that moment. A step that hangs ends the process with a traceback. Exits
-with 1 if a check fails, a loss is not finite, or the loss on a batch of its own does not fall.
+Two layers, one with widths in multiples of 64 and one with any, take turns; each learns what another one does, from 1
+to `--tokens` tokens a step; the routing moves as the router learns, and now and then all tokens prefer the same
+experts. Every `--check-every` steps a batch of each is held to the error budget, output and every gradient, on the
+weights of that moment. A step that hangs ends the process with a traceback. Exits with 1 if a check fails, a loss is
+not finite, or the loss on a batch of its own does not fall.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import argparse
 import faulthandler
 import math
 import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,9 +30,42 @@ from triton_moe.functional import moe_mlp
 from triton_moe.router import route_tokens
 from triton_moe.testing import Inputs, check_against_oracle
 
-SIZES = [(4, 256), (4, 128), (7, 64), (1, 0)]
+LAYOUTS = ([(4, 256), (4, 128), (7, 64), (1, 0)], [(3, 256), (4, 100), (4, 72), (4, 33), (1, 0)])
 HIDDEN_SIZE, TOP_K = 256, 2
 SECONDS_OF_A_HANG = 120.0
+
+
+@dataclass
+class Pupil:
+    """A layer that learns what its teacher does."""
+
+    layer: MoEMLP
+    teacher: MoEMLP
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    """On held-out tokens, at each check."""
+
+    def learn(self, x: torch.Tensor) -> None:
+        with torch.no_grad():
+            target = self.teacher(x)[0]
+        out, aux, _ = self.layer(x)
+        loss = (out - target).float().square().mean() + 0.01 * aux["load_balance_loss"]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def examine(self, held_out: torch.Tensor, x: torch.Tensor) -> str:
+        """-> what is wrong; empty if nothing is."""
+        with torch.no_grad():
+            difference = self.layer(held_out)[0] - self.teacher(held_out)[0]
+        self.losses.append(difference.float().square().mean().item())
+        return fault(self.layer, x) or ("" if math.isfinite(self.losses[-1]) else f"loss {self.losses[-1]}")
+
+
+def pupil_of(sizes: list[tuple[int, int]], backend: str, device: torch.device, dtype: torch.dtype) -> Pupil:
+    config = MoEConfig(sizes, TOP_K, HIDDEN_SIZE, activation="swiglu", backend=backend)
+    layer, teacher = (MoEMLP(config, device=device, dtype=dtype) for _ in range(2))
+    return Pupil(layer, teacher, torch.optim.AdamW(layer.parameters(), lr=1e-3))
 
 
 def fault(layer: MoEMLP, x: torch.Tensor) -> str:
@@ -70,11 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(0)
     rng = random.Random(0)
-    config = MoEConfig(SIZES, TOP_K, HIDDEN_SIZE, activation="swiglu", backend=args.backend)
-    layer, teacher = (MoEMLP(config, device=device, dtype=dtype) for _ in range(2))
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    pupils = [pupil_of(sizes, args.backend, device, dtype) for sizes in LAYOUTS]
     held_out = torch.randn(256, HIDDEN_SIZE, device=device, dtype=dtype)
-    losses: list[float] = []
     faults: list[str] = []
     steps = tokens = checks = 0
     start = time.time()
@@ -82,33 +115,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         x = torch.randn(rng.randint(1, max_tokens), HIDDEN_SIZE, device=device, dtype=dtype)
         if rng.random() < 0.05:
             x = x[:1].expand_as(x) + 0.01 * x  # all tokens alike: all go to the same experts
-        with torch.no_grad():
-            target = teacher(x)[0]
-        out, aux, _ = layer(x)
-        loss = (out - target).float().square().mean() + 0.01 * aux["load_balance_loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        pupils[steps % len(pupils)].learn(x)
         steps += 1
         tokens += x.shape[0]
         if steps % check_every == 1:
             faulthandler.dump_traceback_later(SECONDS_OF_A_HANG, exit=True)
-            with torch.no_grad():
-                losses.append((layer(held_out)[0] - teacher(held_out)[0]).float().square().mean().item())
-            found = fault(layer, x[:512].contiguous())
-            checks += 1
-            if found or not math.isfinite(losses[-1]):
-                faults.append(found or f"loss {losses[-1]}")
-                print(f"step {steps}: {faults[-1]}", flush=True)
+            found = [pupil.examine(held_out, x[:512].contiguous()) for pupil in pupils]
+            checks += len(pupils)
+            for wrong in filter(None, found):
+                faults.append(wrong)
+                print(f"step {steps}: {wrong}", flush=True)
     faulthandler.cancel_dump_traceback_later()
 
+    losses = {
+        f"{which}_loss": statistics.fmean(pupil.losses[place] for pupil in pupils)
+        for which, place in (("first", 0), ("last", -1))
+    }
     row = {
         "backend": args.backend, "seconds": time.time() - start, "steps": steps, "tokens": tokens, "checks": checks,
-        "faults": len(faults), "first_loss": losses[0], "last_loss": losses[-1], **provenance(device),
+        "faults": len(faults), **losses, **provenance(device),
     }  # fmt: skip
     append(path, [row])
     print(", ".join(f"{name} {text(value)}" for name, value in row.items()) + f". Row: {path}")
-    failed = bool(faults) or not losses[-1] < losses[0]
+    failed = bool(faults) or not all(pupil.losses[-1] < pupil.losses[0] for pupil in pupils)
     print("FAILED" if failed else "PASSED")
     return int(failed)
 

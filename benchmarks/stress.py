@@ -17,10 +17,12 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from results import append, folder, provenance, text
@@ -28,6 +30,8 @@ from torch import Tensor
 
 from triton_moe import moe_mlp
 from triton_moe.activations import ACTIVATIONS
+from triton_moe.kernels.hopper import launch as hopper
+from triton_moe.kernels.tuning import forget
 from triton_moe.testing import BIASES, Case, check_against_oracle, make_inputs, poison_empty, run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,6 +42,7 @@ NUM_EXPERTS = (1, 2, 3, 4, 6, 9, 16, 24)
 MAX_WIDTH = 160
 ROUTINGS = (*("random",) * 5, *("dropped",) * 2, "repeated", "one expert", "idle expert", "all dropped")
 X_STRIDES = ("contiguous", "wide rows", "columns")
+NUM_PROGRAMS = (None, 1, 3, 10)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Draw:
     transposed: tuple[bool, bool]
     """Whether w1 (and w3), and w2, lie transposed in memory."""
     x_strides: str
+    num_programs: int | None = None
+    """That share the tiles of a Hopper kernel: so few that each has many. None: one a multiprocessor."""
 
 
 def draw(seed: int, max_tokens: int = 300) -> Draw:
@@ -92,7 +99,20 @@ def fitted(given: Draw) -> Draw:
     sizes = {"hidden_size": 64 * (1 + case.hidden_size % 6), "widths": widths if any(widths) else (step, *widths[1:])}
     tokens = case.num_tokens if case.activation in ("relu", "reglu") else 3 * case.num_tokens
     case = dataclasses.replace(case, **sizes, num_tokens=tokens, bias=False)
-    return dataclasses.replace(given, case=case, dtype=dtype, weights_dtype=weights_dtype)
+    num_programs = NUM_PROGRAMS[given.seed // NUM_PROFILES // 3 % len(NUM_PROGRAMS)]
+    return dataclasses.replace(given, case=case, dtype=dtype, weights_dtype=weights_dtype, num_programs=num_programs)
+
+
+@contextmanager
+def programs(count: int | None) -> Iterator[None]:
+    """Launch the Hopper kernels with so many."""
+    if count is None:
+        yield
+        return
+    with mock.patch.object(hopper, "_num_programs", return_value=count):
+        forget()
+        yield
+    forget()
 
 
 def _transposed(tensor: Tensor) -> Tensor:
@@ -126,13 +146,14 @@ def faults(given: Draw, device: torch.device, backend: str) -> tuple[str, str]:
     )
     moved = _on_device(given, device, backend)
     budget = ""
-    try:
-        check_against_oracle(moved, inputs)
-    except AssertionError as error:
-        budget = str(error)
-    first = run(moved, inputs)
-    with poison_empty():
-        second = run(moved, inputs)
+    with programs(given.num_programs):
+        try:
+            check_against_oracle(moved, inputs)
+        except AssertionError as error:
+            budget = str(error)
+        first = run(moved, inputs)
+        with poison_empty():
+            second = run(moved, inputs)
     return budget, ", ".join(name for name in first if not torch.equal(first[name], second[name]))
 
 

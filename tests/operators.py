@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_moe import functional, reference
+from triton_moe import functional, moe_mlp, reference
 from triton_moe.layout import Routing
 from triton_moe.testing import Case, Inputs, assert_within_budget, make_inputs, poison_empty
 
@@ -53,5 +53,13 @@ def has_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
+BACKENDS = ("triton", "hopper") if has_hopper() else ("triton",)
+"""Whose kernels run here: natively, or the portable ones in the interpreter."""
+
+
 def inputs_for(case: Case, dtype: torch.dtype, device: str, seed: int = 0, **options: Any) -> Inputs:
     return make_inputs(case, dtype, device, seed=seed, **options)
+
+
+def zeros(*args, **kwargs) -> Tensor:
+    return 0 * moe_mlp(*args, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from operators import inputs_for
+from operators import BACKENDS, inputs_for
 from triton_moe import ExpertLayout, MoEConfig, MoEMLP, moe_mlp
 from triton_moe.testing import Case, run
 
@@ -18,10 +18,10 @@ pytest.importorskip("triton")
 CASE = Case(50, 32, (16, 24, 0, 40), 2, "swiglu", reason="the usual")
 
 
-def layer_on(device: str, **changes: Any) -> MoEMLP:
+def layer_on(device: str, hidden_size: int = 32, dtype: torch.dtype = torch.float32, **changes: Any) -> MoEMLP:
     torch.manual_seed(0)
     options: dict[str, Any] = {"activation": "swiglu", "backend": "triton", **changes}
-    return MoEMLP(MoEConfig([(2, 16), (1, 5), (2, 40)], 2, 32, **options), device=device)
+    return MoEMLP(MoEConfig([(2, 16), (1, 5), (2, 40)], 2, hidden_size, **options), device=device, dtype=dtype)
 
 
 def kernels(*args: Any, **kwargs: Any) -> Tensor:
@@ -204,11 +204,14 @@ def test_inference_makes_no_pre_activation_and_training_may_follow(
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-def test_swapped_storage_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_swapped_storage_is_seen(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing keeps a pointer from one call to the next, not what repeats calls (`kernels/replay.py`) either."""
     from triton_moe.kernels import replay
 
-    layer, other, x = layer_on(device), layer_on(device), torch.randn(9, 32, device=device)
+    hidden_size, dtype = (64, torch.bfloat16) if backend == "hopper" else (32, torch.float32)
+    layer, other = (layer_on(device, hidden_size, dtype, backend=backend) for _ in range(2))
+    x = torch.randn(9, hidden_size, device=device, dtype=dtype)
     repeats: list[None] = []
     repeat = replay.Recording.repeat
 

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import math
 import os
 import re
 import signal
@@ -28,13 +27,12 @@ import measure
 import pytest
 import results
 import roofline
-import soak
 import stages
-import stress
 import tables
 import torch
 from cases import CASES, GROUPS, bench_case, select, with_batch_sizes
 
+from operators import zeros
 from reference.moe import MoEMLP as BlockSparseMoEMLP
 from triton_moe import MoEConfig, MoEMLP, moe_mlp, products
 from triton_moe.testing import SEED_CASES
@@ -336,10 +334,6 @@ def test_accuracy(tmp_path: Path) -> None:
     assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
 
 
-def zeros(*args, **kwargs) -> torch.Tensor:
-    return 0 * moe_mlp(*args, **kwargs)
-
-
 def test_accuracy_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "moe_mlp", zeros)
     assert accuracy.main(["--quick", "--out", str(tmp_path)]) == 1
@@ -427,59 +421,6 @@ def test_cold_start(tmp_path: Path) -> None:
     assert min(parts) > 0
     assert sum(parts) == pytest.approx(float(row["warm_cache_s"]), rel=1e-2)
     assert list(row)[-len(PROVENANCE) :] == PROVENANCE
-
-
-def test_stress(tmp_path: Path) -> None:
-    assert stress.main(["--quick", "--out", str(tmp_path)]) == 0
-    (row,) = rows_of(tmp_path / "stress.csv")
-    assert row["draws"] == row["asked"] == "20"
-    assert row["mismatches"] == row["bitwise_differences"] == row["crashes"] == "0"
-    assert list(row)[-len(PROVENANCE) :] == PROVENANCE
-
-
-def noise(*args, **kwargs) -> torch.Tensor:
-    out = moe_mlp(*args, **kwargs)
-    return out * (1 + torch.finfo(out.dtype).eps * torch.randint_like(out, 2))
-
-
-@pytest.mark.parametrize(("wrong", "column"), [(zeros, "mismatches"), (noise, "bitwise_differences")])
-def test_stress_fails(wrong: Callable, column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stress, "moe_mlp", wrong)
-    assert stress.main(["--quick", "--out", str(tmp_path)]) == 1
-    (row,) = rows_of(tmp_path / "stress.csv")
-    assert int(row[column]) > 0
-
-
-def test_soak(tmp_path: Path) -> None:
-    assert soak.main(["--quick", "--out", str(tmp_path)]) == 0
-    (row,) = rows_of(tmp_path / "soak.csv")
-    assert row["faults"] == "0"
-    assert int(row["checks"]) > 0
-    assert float(row["last_loss"]) < float(row["first_loss"])
-
-
-def test_soak_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "moe_mlp", zeros)
-    assert soak.main(["--quick", "--steps", "6", "--out", str(tmp_path)]) == 1
-    (row,) = rows_of(tmp_path / "soak.csv")
-    assert row["faults"] == row["checks"]
-
-
-def test_a_draw_is_its_seed() -> None:
-    assert stress.draw(12345) == stress.draw(12345)
-    assert stress.draw(12345) != stress.draw(12345 + stress.NUM_PROFILES)
-
-
-def test_fitted_draws_fit_the_hopper_kernels() -> None:
-    aligned = set()
-    for seed in range(200):
-        given = stress.fitted(stress.draw(seed))
-        assert given.dtype.itemsize == 2
-        assert any(given.case.widths)
-        assert given.case.hidden_size % 64 == 0
-        assert not given.case.bias
-        aligned.add(math.gcd(64, *given.case.widths))
-    assert {64, 8, 1} <= aligned
 
 
 def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """What only a GPU can show: no host synchronisation, streams, a second device, addresses past 2^31, no recompiling."""
 
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from operators import has_hopper, inputs_for
+from operators import BACKENDS, inputs_for
 from triton_moe import ExpertLayout, MoEConfig, MoEMLP, moe_mlp
 from triton_moe.testing import Case, Inputs, run
 
@@ -51,61 +53,77 @@ def test_the_debug_mode_would_tell() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_another_stream() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_stream(backend: str) -> None:
     inputs = inputs_for(CASE, torch.bfloat16, "cuda")
-    expected = run(moe_mlp, inputs)
+    expected = run(moe_mlp, inputs, backend=backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # work that the default stream does not wait for
-        actual = run(moe_mlp, each_tensor(inputs, torch.clone))
+        actual = run(moe_mlp, each_tensor(inputs, torch.clone), backend=backend)
     stream.synchronize()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_another_device() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_device(backend: str) -> None:
     inputs = inputs_for(CASE, torch.bfloat16, "cuda:0")
-    expected = run(moe_mlp, inputs)
-    actual = run(moe_mlp, each_tensor(inputs, lambda tensor: tensor.to("cuda:1")))
+    expected = run(moe_mlp, inputs, backend=backend)
+    actual = run(moe_mlp, each_tensor(inputs, lambda tensor: tensor.to("cuda:1")), backend=backend)
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(actual[name].cpu(), expected[name].cpu()) for name in expected)
 
 
-def test_a_new_batch_size_compiles_nothing() -> None:
-    from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd_kernel, grouped_gemm_up_fwd_kernel
-    from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh_kernel, grouped_gemm_dw_kernel, sum_partials_kernel
-    from triton_moe.kernels.route import route_count_kernel, route_place_kernel
-    from triton_moe.kernels.scatter import scatter_fwd_kernel
+def num_compiled() -> dict[str, int]:
+    """How often each of our kernels was compiled in this process."""
+    from triton.runtime.jit import JITFunction
 
-    kernels = (
-        route_count_kernel, route_place_kernel, grouped_gemm_up_fwd_kernel, grouped_gemm_down_fwd_kernel,
-        scatter_fwd_kernel, grouped_gemm_dh_kernel, grouped_gemm_dw_kernel, sum_partials_kernel,
-    )  # fmt: skip
+    import triton_moe.kernels as package
 
-    def compiled() -> list[int]:
-        return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels]
+    modules = [
+        importlib.import_module(found.name) for found in pkgutil.walk_packages(package.__path__, "triton_moe.kernels.")
+    ]
+    kernels = {
+        name: value for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)
+    }
+    return {name: sum(len(caches[0]) for caches in kernel.device_caches.values()) for name, kernel in kernels.items()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_new_batch_size_compiles_nothing(backend: str, compiled: bool) -> None:
+    torch.compiler.reset()
+    config = MoEConfig([(1, 64), (1, 24), (1, 128)], 2, 64, activation="swiglu", backend=backend)
+    layer = MoEMLP(config, device="cuda", dtype=torch.bfloat16)
+    call = torch.compile(layer, fullgraph=True, dynamic=True) if compiled else layer
 
     def step(num_tokens: int) -> None:
-        run(
-            moe_mlp,
-            inputs_for(Case(num_tokens, 64, (64, 24, 128), 2, "swiglu", reason="batch"), torch.bfloat16, "cuda"),
-        )
+        x = torch.randn(num_tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        out, aux, _ = call(x)
+        (out.float().sum() + aux["router_z_loss"] + aux["load_balance_loss"] + aux["compute_loss"]).backward()
 
     step(100)
-    before = compiled()
-    assert all(before)
+    before = num_compiled()
+    products = {f"grouped_gemm_{name}_kernel" for name in ("up_fwd", "down_fwd", "dh", "dw")}
+    if backend == "hopper":
+        products = {f"grouped_gemm_{name}_hopper_kernel" for name in ("up", "down", "dh", "dw")}
+    of_routing = {
+        f"{name}_kernel" for name in ("router_fwd", "router_finish", "router_bwd", "route_count", "route_place")
+    }
+    assert products | of_routing | {"scatter_fwd_kernel", "sum_partials_kernel"} <= {
+        name for name in before if before[name]
+    }
     for num_tokens in (1, 2, 8, 16, 17, 64, 333, 4096, 40_001):
         step(num_tokens)
-    assert compiled() == before
+    assert num_compiled() == before
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["triton", *(["hopper"] if has_hopper() else [])],
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_addresses_past_int32(backend: str) -> None:
-    """R * H and the ragged buffers exceed 2^31 elements; tokens at both ends are compared with small calls."""
+    """R * H and the ragged buffers exceed 2^31 elements: tokens at both ends are compared with small calls, the last
+    expert's weights with a call of its own."""
     num_tokens, hidden_size, width, top_k = 140_000, 4096, 4096, 4
     if torch.cuda.get_device_properties(0).total_memory < 60e9:
         pytest.skip("needs 60 GB of GPU memory")
@@ -126,7 +144,7 @@ def test_addresses_past_int32(backend: str) -> None:
     assert num_tokens * top_k * width > 2**31
     out = moe_mlp(x, weights, ids, w1, w2, layout=layout, backend=backend)
     dout = torch.ones_like(out)
-    dx, dweights = torch.autograd.grad(out, (x, weights), dout)
+    dx, dweights, dw1, dw2 = torch.autograd.grad(out, (x, weights, w1, w2), dout)
     for part in (slice(0, 200), slice(num_tokens - 200, num_tokens)):
         few, few_weights = x[part].detach().requires_grad_(), weights[part].detach().requires_grad_()
         small = moe_mlp(few, few_weights, ids[part], w1, w2, layout=layout, backend=backend)
@@ -134,17 +152,30 @@ def test_addresses_past_int32(backend: str) -> None:
         assert torch.equal(out[part], small)
         assert torch.equal(dx[part], small_dx)
         assert torch.equal(dweights[part], small_dweights)
+    del out, dx
+    alone = moe_mlp(x, weights[:, -1:], ids[:, -1:], w1, w2, layout=layout, backend=backend)
+    last, (alone_dw1, alone_dw2) = layout.columns(top_k - 1), torch.autograd.grad(alone, (w1, w2), dout)
+    assert dw1[:, last].any()
+    assert torch.equal(dw1[:, last], alone_dw1[:, last])
+    assert torch.equal(dw2[last], alone_dw2[last])
 
 
-def test_saved_for_backward() -> None:
-    """x, the pre-activation, the routing weights and integers: 2TH + 4 R I bytes of a SwiGLU layer, within 5%, and 20
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("aux_losses", [False, True])
+@pytest.mark.parametrize(("activation", "parts"), [("swiglu", 2), ("relu_squared", 1)])
+@pytest.mark.parametrize(
+    ("activation_memory", "sizes"), [("bounded", [(64, 64)]), ("exact", [(32, 64), (16, 128), (16, 192)])]
+)
+def test_saved_for_backward(
+    activation_memory: str, sizes: list[tuple[int, int]], activation: str, parts: int, aux_losses: bool, backend: str
+) -> None:
+    """x, the pre-activation, the routing weights and integers: 2TH + 2 parts * sum of n_e I_e bytes within 5%, and 20
     bytes a row; the router's logits would be an eighth."""
-    num_tokens, hidden_size, width, num_experts, top_k = 4096, 512, 64, 64, 4
-    layer = MoEMLP(
-        MoEConfig([(num_experts, width)], top_k, hidden_size, activation="swiglu", aux_losses=False),
-        device="cuda", dtype=torch.bfloat16,
-    )  # fmt: skip
-    x = torch.randn(num_tokens, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    T, H, K = 4096, 512, 4
+    options = {"activation_memory": activation_memory, "activation": activation, "backend": backend}
+    config = MoEConfig(sizes, K, H, aux_losses=aux_losses, **options)  # type: ignore[arg-type]
+    layer = MoEMLP(config, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -153,9 +184,10 @@ def test_saved_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out, _, _ = layer(x)
+        out, _, f = layer(x)
     for parameter in layer.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
-    rows = num_tokens * top_k
-    assert sum(saved.values()) <= 1.05 * (2 * num_tokens * hidden_size + 4 * rows * width) + 20 * rows
+    rows = (f * T * K).round().tolist()
+    pre = parts * sum(n * width for n, width in zip(rows, layer.layout.widths, strict=True))
+    assert sum(saved.values()) <= 1.05 * 2 * (T * H + pre) + 20 * T * K
     out.sum().backward()

@@ -26,7 +26,6 @@ LAYOUT, T, H, K = ExpertLayout((16, 8, 5, 0)), 9, 12, 2
 WITH_BACKWARD = (
     "gather", "scatter", "grouped_gemm_up", "grouped_gemm_down", "moe_mlp", "route_tokens", "moe_layer",
 )  # fmt: skip
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 E, S = LAYOUT.num_experts, LAYOUT.total_width
 
 
@@ -49,11 +48,6 @@ def normal(*shape: int, device: str, requires_grad: bool = True) -> Tensor:
 def ids(device: str) -> Tensor:
     """Some of them E: no expert."""
     return torch.randint(0, E + 1, (T, K), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def checks_of(activation: str) -> tuple[str, ...]:
-    """All of opcheck's for one activation of either kind, for the others but the last, which takes longest."""
-    return CHECKS if activation in ("swiglu", "gelu") else CHECKS[:-1]
 
 
 def of_moe_mlp(activation: str, device: str, with_biases: bool) -> tuple:
@@ -96,8 +90,7 @@ def test_moe_layer(activation: str, device: str) -> None:
     x, _, _, *weights, widths, _ = of_moe_mlp(activation, device, activation == "gelu")
     router, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
     options = (K, activation == "gelu", True, True, activation, False, True, "auto")
-    operator = torch.ops.triton_moe.moe_layer.default
-    opcheck(operator, (x, router, bias, *weights, widths, *options), test_utils=checks_of(activation))
+    opcheck(torch.ops.triton_moe.moe_layer.default, (x, router, bias, *weights, widths, *options))
 
 
 def transposed(*shape: int, device: str) -> Tensor:
@@ -168,7 +161,7 @@ def test_grouped_gemm_up(activation: str, device: str) -> None:
     topk_ids, (x, w1, w3) = ids(device), (normal(*shape, device=device) for shape in ((T, H), (H, S), (H, S)))
     packed = functional.route(topk_ids, LAYOUT, backend="triton").packed
     arguments = (x, w1, w3 if is_gated(activation) else None, topk_ids, packed, LAYOUT.widths, activation)
-    opcheck(torch.ops.triton_moe.grouped_gemm_up.default, arguments, test_utils=checks_of(activation))
+    opcheck(torch.ops.triton_moe.grouped_gemm_up.default, arguments)
 
 
 def test_expert_bias(device: str) -> None:

@@ -1,5 +1,7 @@
 """The layer under torch.compile and torch.export: one graph, one compilation, the results of eager."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -106,6 +108,33 @@ def test_a_new_batch_size_compiles_nothing(device: str) -> None:
             assert_same(step(layer, compiled, x), step(layer, layer, x))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_swapped_storage_is_seen(dynamic: bool, device: str) -> None:
+    layer, x = layer_on(device), torch.randn(9, H, device=device)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    before = step(layer, compiled, x)
+    old = [weight.data for weight in layer.parameters()]  # nothing new gets its memory while it is held
+    for weight in layer.parameters():
+        weight.data = 2 * weight.data.roll(1, dims=0)
+    after = step(layer, compiled, x)
+    assert_same(after, step(layer, layer, x))
+    assert not torch.equal(after["out"], before["out"])
+    assert not any(torch.equal(a, b) for a, b in zip(old, layer.parameters(), strict=True))
+
+
+def test_another_layout_is_another_graph(device: str) -> None:
+    """One compiled function, two layers whose packed weights have the same shapes."""
+    one, x = layer_on(device), torch.randn(9, H, device=device)
+    config = dataclasses.replace(one.config, expert_sizes=tuple(reversed(SIZES)))
+    other = MoEMLP(config, device=device)
+    other.load_state_dict(one.state_dict())
+    compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True)
+    results = [step(layer, functools.partial(compiled, layer), x) for layer in (one, other, one)]
+    for layer, found in zip((one, other, one), results, strict=True):
+        assert_same(found, step(layer, layer, x))
+    assert not torch.equal(results[0]["out"], results[1]["out"])
+
+
 def test_decoding_compiles_once(device: str) -> None:
     """Whatever the number of tokens, few enough for tiles of 16 rows or not."""
     layer = layer_on(device, bias=True)
@@ -149,6 +178,10 @@ def half_of(layer: MoEMLP, x: Tensor) -> Tensor:
     return x.half()
 
 
+def double_of(layer: MoEMLP, x: Tensor) -> Tensor:
+    return x.double()
+
+
 def with_w2_on_meta(layer: MoEMLP, x: Tensor) -> Tensor:
     layer.w2 = nn.Parameter(layer.w2.detach().to("meta"))
     return x
@@ -156,18 +189,24 @@ def with_w2_on_meta(layer: MoEMLP, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize(
-    ("misuse", "message"),
+    ("misuse", "autocasts", "message"),
     [
-        (half_of, r"x: expected torch\.float32 on .* as the weights, got torch\.float16 on "),
-        (with_w2_on_meta, r"w2: expected torch\.float32 on .* as x, got torch\.float32 on meta"),
+        (half_of, False, r"x: expected torch\.float32 on .* as the weights, got torch\.float16 on "),
+        (double_of, True, r"x: expected torch\.float32 on .* as the weights, got torch\.float64 on "),
+        (with_w2_on_meta, False, r"w2: expected torch\.float32 on .* as x, got torch\.float32 on meta"),
     ],
-    ids=["dtype", "device"],
+    ids=["dtype", "autocast", "device"],
 )
-def test_misuse_is_told_in_our_words(misuse: Callable, message: str, fullgraph: bool, device: str) -> None:
+def test_misuse_is_told_in_our_words(
+    misuse: Callable, autocasts: bool, message: str, fullgraph: bool, device: str
+) -> None:
     """By the ValueError of eager, or, where that would break the graph, in what Dynamo raises about it."""
     layer = layer_on(device)
     x = misuse(layer, torch.randn(9, H, device=device))
-    with pytest.raises(RuntimeError if fullgraph else ValueError, match=message):
+    with (
+        torch.autocast(device, torch.float16, enabled=autocasts),
+        pytest.raises(RuntimeError if fullgraph else ValueError, match=message),
+    ):
         torch.compile(layer, fullgraph=fullgraph)(x)
 
 
