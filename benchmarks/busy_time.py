@@ -2,9 +2,10 @@
 
     python benchmarks/busy_time.py
 
-The order is data, so both are the same kernel: `row_blocks` and `expert_order` as the routing lists them, or sorted by
-expert. A kernel runs inside of another that reads the clock and the multiprocessor's number before and after it. Widths
-are shuffled, since a layout of descending widths is its own heaviest order. The clock ticks about once a microsecond.
+Of the portable kernels and, where they run, the Hopper kernels. The order is data, so both are the same kernel:
+`row_blocks`, `expert_order` and `tiles` as the routing lists them, or sorted by expert. A kernel runs inside of another
+that reads the clock and the multiprocessor's number before and after it. Widths are shuffled, since a layout of
+descending widths is its own heaviest order. The clock ticks about once a microsecond.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,26 +28,45 @@ from tables import newest, rows_of
 from torch import Tensor
 
 from triton_moe import ExpertLayout, Routing
+from triton_moe.layout import TileLists
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 plt.rcParams["svg.hashsalt"] = "triton-moe"  # the same file from the same rows
 
+BACKENDS = {"triton": "portable", "hopper": "Hopper"}
 KERNELS = ("up", "down", "dw1")
 ORDERS = ("by expert", "heaviest first")
 Program = tuple[int, int, int]
 """Multiprocessor, start and end in ns."""
 
 
+def _first_by_expert(tiles: Tensor, number: int) -> Tensor:
+    """A list of (expert, i), the first so many of them sorted by expert."""
+    pairs = tiles.clone().view(-1, 2)
+    pairs[:number] = pairs[pairs[:number, 0].argsort(stable=True)]
+    return pairs.view_as(tiles)
+
+
 def by_expert(routing: Routing) -> Routing:
-    """The same tiles, experts in their own order; `row_blocks` that do not exist stay last."""
-    blocks = routing.row_blocks
-    places = torch.where(blocks[:, 0] < 0, routing.layout.num_experts, blocks[:, 0])
-    order = torch.arange(routing.layout.num_experts, dtype=torch.int32, device=blocks.device)
+    """The same tiles, experts in their own order; entries that stand for no tile stay last."""
+    assert routing.tiles is not None
+    layout, (numbers, ragged, weights) = routing.layout, routing.tiles
+    blocks, *of_ragged, _ = numbers[:4].tolist()
+    sorted_ragged = {
+        columns: _first_by_expert(tiles, number)
+        for (columns, tiles), number in zip(ragged.items(), of_ragged, strict=True)
+    }
+    sorted_weights = {
+        columns: _first_by_expert(tiles, layout.num_column_blocks(columns)) for columns, tiles in weights.items()
+    }
     return dataclasses.replace(
-        routing, row_blocks=blocks[places.argsort(stable=True)].contiguous(), expert_order=order
-    )  # fmt: skip
+        routing,
+        row_blocks=_first_by_expert(routing.row_blocks, blocks),
+        expert_order=torch.arange(layout.num_experts, dtype=torch.int32, device=numbers.device),
+        tiles=TileLists(numbers, sorted_ragged, sorted_weights),
+    )
 
 
 def busy_us(programs: Sequence[Program]) -> dict[int, float]:
@@ -63,7 +84,7 @@ def busy_us(programs: Sequence[Program]) -> dict[int, float]:
 def recorded(programs: list[Program]) -> Iterator[None]:
     """Every launch of ours runs inside of the timing kernel; its programs replace what the list held."""
     import triton.language as tl
-    from timed_kernel import timed_kernel
+    from timed_kernel import SINGLE, timed_gluon_kernel, timed_kernel
 
     from triton_moe.kernels.launch import Launcher
 
@@ -71,10 +92,11 @@ def recorded(programs: list[Program]) -> Iterator[None]:
 
     def timed(self: Launcher, grid: tuple[int, ...], *args: Any) -> None:
         names = self.kernel.arg_names[len(args) :]
-        constants = (tl.constexpr(self.options[name]) for name in names)
+        all_args = (*args, *(tl.constexpr(self.options[name]) for name in names))
         options = {name: value for name, value in self.options.items() if name not in names}
         times = torch.zeros(grid[0], 3, dtype=torch.int64, device=args[0].device)
-        timed_kernel[grid](times, (*args, *constants), self.kernel, **options)
+        around = timed_gluon_kernel if self.kernel.is_gluon() else timed_kernel
+        around[grid](times, self.kernel, *all_args[:SINGLE], all_args[SINGLE:], **options)  # type: ignore[call-arg]
         programs[:] = [(sm, start, end) for sm, start, end in times.tolist()]
 
     Launcher.__call__ = timed  # type: ignore[method-assign]
@@ -90,6 +112,7 @@ def shuffled(layout: ExpertLayout) -> ExpertLayout:
 
 def measure(name: str, device: torch.device) -> list[dict[str, object]]:
     from triton_moe import products
+    from triton_moe.kernels.hopper.launch import fits
     from triton_moe.kernels.route import route, trimmed
 
     case, config = CASES[name], CASES[name].config
@@ -101,12 +124,13 @@ def measure(name: str, device: torch.device) -> list[dict[str, object]]:
     def routed(ids: Tensor, layout: ExpertLayout, panels: bool) -> Routing:
         packed = route(ids, layout, panels).packed
         assert packed is not None
-        return trimmed(packed, ids, layout)
+        return dataclasses.replace(trimmed(packed, ids, layout), panels=panels)
 
+    backends = ("triton", "hopper") if fits(config.hidden_size, torch.bfloat16, device) else ("triton",)
     rows = []
-    for order in ORDERS:
+    for backend, order in itertools.product(backends, ORDERS):
         ordered = routed if order == ORDERS[1] else lambda *args: by_expert(routed(*args))
-        of_order = products.products(shape, "triton", torch.bfloat16, device, ordered)
+        of_order = products.products(shape, backend, torch.bfloat16, device, ordered)
         for kernel in KERNELS:
             programs: list[Program] = []
             with recorded(programs):
@@ -115,7 +139,7 @@ def measure(name: str, device: torch.device) -> list[dict[str, object]]:
             busy = busy_us(programs)
             span = (max(end for *_, end in programs) - min(start for _, start, _ in programs)) / 1e3
             rows.append({
-                "case": name, "kernel": kernel, "order": order, "span_us": span,
+                "case": name, "backend": backend, "kernel": kernel, "order": order, "span_us": span,
                 "busy_mean_us": sum(busy.values()) / len(busy),
                 "busy_us": " ".join(f"{time:.0f}" for time in sorted(busy.values(), reverse=True)),
             })  # fmt: skip
@@ -123,19 +147,23 @@ def measure(name: str, device: torch.device) -> list[dict[str, object]]:
 
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Raises ValueError unless each kernel has a row of each order."""
-    found = {(row["kernel"], row["order"]): row for row in rows}
-    missing = [(kernel, order) for kernel in KERNELS for order in ORDERS if (kernel, order) not in found]
+    """A row of panels for each backend. Raises ValueError unless it has a row of each kernel in each order."""
+    found = {(row["backend"], row["kernel"], row["order"]): row for row in rows}
+    backends = [backend for backend in BACKENDS if any(row["backend"] == backend for row in rows)]
+    missing = [place for place in itertools.product(backends, KERNELS, ORDERS) if place not in found]
     if missing:
         raise ValueError(f"rows: expected each kernel in each order, got none of {missing}")
-    figure, plots = plt.subplots(1, len(KERNELS), figsize=(12, 4), layout="constrained")
-    for kernel, axes in zip(KERNELS, plots, strict=True):
+    figure, plots = plt.subplots(
+        len(backends), len(KERNELS), figsize=(12, 4 * len(backends)), layout="constrained", squeeze=False
+    )
+    for (backend, kernel), axes in zip(itertools.product(backends, KERNELS), plots.flat, strict=True):
         for order in ORDERS:
-            row = found[kernel, order]
+            row = found[backend, kernel, order]
             axes.plot([float(time) for time in row["busy_us"].split()], label=f"{order}: {row['span_us']} us in all")
-        axes.set(title=kernel, xlabel="multiprocessors, busiest first", ylim=(0, None))
+        axes.set(title=f"{kernel}, {BACKENDS[backend]}", xlabel="multiprocessors, busiest first", ylim=(0, None))
         axes.legend(loc="lower left")
-    plots[0].set_ylabel("busy, us")
+    for axes in plots[:, 0]:
+        axes.set_ylabel("busy, us")
     first = rows[0]
     figure.suptitle(f"{first['case']}, widths shuffled, {first['gpu']}, {first['date']}, {first['commit']}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -52,6 +54,9 @@ class Run:
     dtype_name: str | None
     quick: bool
     out: Path | None
+    options: str
+    """All of them, as on the command line, but for `out`."""
+    started: float = field(default_factory=time.perf_counter)
 
     @cached_property
     def device(self) -> torch.device:
@@ -92,6 +97,13 @@ class Run:
         """A row for each contestant that crashed or is wrong."""
         failures = [{"benchmark": self.benchmark, **asdict(refusal)} for refusal in refusals if refusal.is_failure]
         append(self.folder / "refused.csv", [row | provenance(self.device) for row in failures])
+
+    def keep_duration(self) -> float:
+        """A row of how long the command took since its options were read -> that, in seconds."""
+        seconds = time.perf_counter() - self.started
+        row = {"benchmark": self.benchmark, "options": self.options, "seconds": seconds, "cores": os.cpu_count()}
+        append(self.folder / "durations.csv", [row | provenance(self.device)])
+        return seconds
 
     def time_all(self, cases: Sequence[BenchCase], what: Sequence[str]) -> list[Measured]:
         """Measure cases one after the other. The profiler waits until all is timed; if the command is ended before, by
@@ -144,16 +156,25 @@ def cases_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
         parser.error(str(error))
 
 
+def _options(args: argparse.Namespace) -> str:
+    words: list[str] = []
+    for name, value in vars(args).items():
+        if value and name != "out":
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return " ".join(words)
+
+
 def run_of(benchmark: str, args: argparse.Namespace, default: Sequence[str] = DEFAULT_CONTESTANTS) -> Run:
-    return Run(benchmark, args.contestants or default, args.dtype, args.quick, args.out)
+    return Run(benchmark, args.contestants or default, args.dtype, args.quick, args.out, _options(args))
 
 
 def conclude(run: Run, measured: Sequence[Measured], columns: Sequence[str]) -> int:
-    """Print these columns as a table, as far as the rows have them -> the exit status."""
+    """Print these columns as a table, as far as the rows have them; keep how long all took -> the exit status."""
     rows = [row for of_case in measured for row in of_case.rows]
     if rows:
         print(table(rows, [column for column in columns if column in rows[0]]))
-    print(f"Rows went to {run.path}.")
+    print(f"Rows went to {run.path}, after {run.keep_duration():.0f} s.")
     return exit_code(rows, [refusal for of_case in measured for refusal in of_case.refusals])
 
 

@@ -152,7 +152,8 @@ def _html(table: Table) -> str:
 
 def page(folder: Path) -> str:
     """What the CSV files in a folder hold: their tables, then for each file its plot, if there is one, and its rows."""
-    parts = ["<h1>triton-variable-moe, measured</h1>", "<p>Plots show the newest row of each case and contestant.</p>"]
+    shown = "Plots of cases show of each the newest of the runs with most contestants, other plots the newest rows."
+    parts = ["<h1>triton-variable-moe, measured</h1>", f"<p>{shown}</p>"]
     parts += [_html(table) for table in (*tables_of(folder), *gradients_of(folder))]
     for path in sorted(folder.glob("*.csv")):
         rows = rows_of(path)

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from guide_tables import guide_of
 from page import page
 from results import ROOT
-from tables import RESULTS, Table, gradients_of, guide_of, tables_of
+from tables import RESULTS, Table, gradients_of, tables_of
 
 BEGIN, END = "<!-- measured: written by benchmarks/report.py -->", "<!-- end of measured -->"
 DOCUMENTS: dict[Path, Callable[[Path], list[Table]]] = {

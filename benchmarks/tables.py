@@ -11,19 +11,34 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cases import CASES, GROUPS, BenchCase
+from cases import CASES, GROUPS
 from results import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 OURS, OURS_AS_GRAPH, REFERENCE = "triton_moe", "triton_moe_graph", "stk"
-RIVALS = {
+OWN = {
+    OURS: "this project",
+    OURS_AS_GRAPH: "as CUDA graphs",
+    "triton_moe_compiled": "compiled",
+    "triton_moe_portable": "its portable kernels",
+}
+IN_PYTORCH = {
     "grouped_mm": "torch grouped_mm (padded to the widest expert)",
+    "grouped_mm_compiled": "torch grouped_mm, compiled",
+    "grouped_mm_by_width": "one grouped_mm a width",
+    "transformers_grouped_mm": "transformers' grouped_mm",
+    "torch_loop": "a loop over experts",
+    "dense_ceiling": "one dense MLP of equal FLOPs",
+}
+LIBRARIES = {
     "scattermoe": "ScatterMoE (one width alone)",
     "sonic_moe": "SonicMoE 0.1.2 (one width alone)",
     "momoe": "MoMoE (one width alone)",
 }
+NAMES = OWN | IN_PYTORCH | LIBRARIES
 
-Rows = list[dict[str, str]]
+Row = dict[str, str]
+Rows = list[Row]
 
 
 CLAIMED_SPEEDUPS = "1.52 to 3.19 times the reference's forward pass and 1.73 to 2.22 times both"
@@ -64,15 +79,29 @@ def command_of(row: dict[str, str]) -> tuple[str, ...]:
     return *run_of(row), row.get("cublas_8192_tflops", ""), row.get("torch_add_us", "")
 
 
+def runs_of_each_case(rows: Rows) -> list[list[dict[str, Row]]]:
+    """Of each case its commands, oldest first: contestant (empty where there is none) -> its row."""
+    runs: dict[str, dict[tuple[str, ...], dict[str, Row]]] = {}
+    for row in rows:
+        runs.setdefault(row["case"], {}).setdefault(command_of(row), {})[row.get("contestant", "")] = row
+    return [list(of_case.values()) for of_case in runs.values()]
+
+
 def newest_of_each_case(rows: Rows, contestants: Collection[str]) -> list[Rows]:
     """Of each case the rows of the last command that had all these contestants: ratios come from one run."""
-    runs: dict[str, dict[tuple[str, ...], dict[str, dict[str, str]]]] = {}
-    for row in rows:
-        contestant = row.get("contestant", "")
-        if contestant in contestants:
-            runs.setdefault(row["case"], {}).setdefault(command_of(row), {})[contestant] = row
-    complete = [[run for run in of_case.values() if len(run) == len(contestants)] for of_case in runs.values()]
-    return [list(of_case[-1].values()) for of_case in complete if of_case]
+    complete = [[run for run in runs if run.keys() >= set(contestants)] for runs in runs_of_each_case(rows)]
+    return [[runs[-1][name] for name in contestants] for runs in complete if runs]
+
+
+def newest_beside_ours(runs: Sequence[dict[str, Row]], rivals: Collection[str]) -> list[dict[str, Row]]:
+    """Of a case's commands the last ones that had each of these rivals beside ours, newest first; of each command its
+    own, and such of the rivals as no later one has."""
+    chosen, left = [], set(rivals)
+    for run in reversed(runs):
+        if OURS in run and left & run.keys():
+            chosen.append({name: row for name, row in run.items() if name in left | OWN.keys()})
+            left -= run.keys()
+    return chosen
 
 
 def of_columns(caption: str, rows: Rows, columns: Mapping[str, str]) -> Table:
@@ -107,25 +136,31 @@ def both(row: dict[str, str]) -> str:
 
 
 def speed(rows: Rows) -> list[Table]:
-    """A table a rival, a line a case of cases.py: forward / step in milliseconds."""
-    rows, tables = [row for row in rows if row["case"] in CASES], []
-    for rival, name in RIVALS.items():
-        cases = newest_of_each_case(rows, (OURS, rival))
-        if not cases:
+    """A table of ways to do it in PyTorch, one of libraries; a line a command of a case of cases.py: forward / step in
+    ms."""
+    cases = runs_of_each_case([row for row in rows if row["case"] in CASES])
+    in_pytorch = "ways to do it in PyTorch (a dense MLP is another function, without a router)"
+    kinds = {in_pytorch: IN_PYTORCH, "other libraries": LIBRARIES}
+    tables = []
+    for kind, rivals in kinds.items():
+        lines = [run for runs in cases for run in newest_beside_ours(runs, rivals)]
+        if not lines:
             continue
-        used = [row for case in cases for row in case]
+        used = [row for run in lines for row in run.values()]
         caption = (
-            f"Forward / forward and backward in ms beside {name}, bf16, the same router, auxiliary losses off, medians "
-            f"of loops in which the contestants take turns, {SPREAD} ({machines(used)}; in the last line's run cuBLAS "
-            f"8192^3 ran at {used[-1]['cublas_8192_tflops']} TFLOP/s, a torch add took {used[-1]['torch_add_us']} us "
-            f"of host time; `benchmarks/results/bench_moe.csv`)."
+            f"Forward / forward and backward in ms beside {kind}, bf16, the same router, auxiliary losses off, medians "
+            f"of loops in which the contestants of a line take turns, {SPREAD}; of each the newest run "
+            f"({machines(used)}; in the last line's run cuBLAS 8192^3 ran at {used[-1]['cublas_8192_tflops']} TFLOP/s, "
+            f"a torch add took {used[-1]['torch_add_us']} us of host time; `benchmarks/results/bench_moe.csv`)."
         )
-        body, gpus = [], {row["gpu"] for row in used}
-        for case in cases:
-            times = {row["contestant"]: both(row) for row in case}
-            gpu = f" ({case[0]['gpu']})" if len(gpus) > 1 else ""
-            body.append([shape(case[0]) + gpu, times[OURS], times[rival]])
-        tables.append(Table(caption, ("T, H, sizes, K, activation", "this project", name), body))
+        ran, gpus = {row["contestant"] for row in used}, {row["gpu"] for row in used}
+        names = {contestant: name for contestant, name in (OWN | rivals).items() if contestant in ran}
+        body = []
+        for run in lines:
+            gpu = f" ({run[OURS]['gpu']})" if len(gpus) > 1 else ""
+            times = [both(run[name]) if name in run else "" for name in names]
+            body.append([shape(run[OURS]) + gpu, *times, run[OURS]["commit"]])
+        tables.append(Table(caption, ("T, H, sizes, K, activation", *names.values(), "commit"), body))
     return tables
 
 
@@ -292,14 +327,24 @@ def training(rows: Rows) -> list[Table]:
     return [Table(caption, header, body)]
 
 
+MUST_FAIL = {
+    "stk": "stk multiplies fp32 as tf32",
+    "block_sparse_historical": "block_sparse_historical has garbage for its experts' gradients",
+}
+"""What the gate refuses of the references that training is compared with, and why."""
+
+
 def validation(rows: Rows) -> list[Table]:
-    """A line a seed of the last run: this project and the reference trained side by side."""
-    rows = newest(rows)
+    """A line a seed of the last run of each reference: this project and that trained side by side."""
+    names = dict.fromkeys(row["baseline"] for row in rows)
+    rows = [row for name in names for row in newest([row for row in rows if row["baseline"] == name])]
+    reasons = "".join(f"; {MUST_FAIL[name]}, and must fail" for name in names if name in MUST_FAIL)
     caption = (
-        f"Two GPTs trained on the same real text from the same weights, one with this project's layers, one with the "
+        f"Two GPTs trained on the same real text from the same weights, one with this project's layers, one with a "
         f"reference's: how many of the first 100 steps can be compared, until a tie of two experts parts them; the "
         f"largest difference of their losses there, in nats, and what rounding alone makes of it; the correlation of "
-        f"all losses ({CLAIMED_CORRELATION}); held-out losses ({machine(rows[-1])}; `validate_training.csv`)."
+        f"all losses ({CLAIMED_CORRELATION}); held-out losses; the newest run of each reference{reasons} "
+        f"({machines(rows)}; `validate_training.csv`)."
     )
     columns = {"baseline": "reference", "seed": "seed", "steps": "steps", "compared_steps": "compared"}
     columns |= {"first_steps_difference": "difference", "rounding_difference": "of rounding"}
@@ -381,72 +426,3 @@ def gradients_of(folder: Path) -> list[Table]:
         caption = f"{dtype} ({machines(rows)}; `benchmarks/results/gradients.csv`), cosine similarity / relative error:"
         tables.append(Table(caption, ("case", "layer", "dw1", "dw2"), body))
     return tables
-
-
-OPERANDS_FLOPS_A_BYTE = 128 * 256 / (128 + 256)
-"""Of a Hopper tile of 128 x 256: so many operations for each byte of its operands, in 16 bits."""
-
-
-def epilogue_bytes(case: BenchCase) -> dict[str, int]:
-    """What the kernels' epilogues read and write, of a gated layer in 16 bits, all experts equally wide."""
-    H, layout, rows = case.config.hidden_size, case.config.layout, case.num_tokens * case.config.num_active_experts
-    inner, weights = rows * layout.max_width, H * layout.total_width
-    elements = {"up": 3 * inner, "down": rows * H, "dh": 5 * inner, "dw1": 2 * weights, "dw2": weights, "dx": rows * H}
-    return {kernel: 2 * number for kernel, number in elements.items()}
-
-
-def kernels(rows: Rows) -> Table:
-    """A line a kernel of one case."""
-    case = CASES["128x256_top8"]
-    used = newest([row for row in rows if row["case"] == case.name])
-    moved, cells = epilogue_bytes(case), {}
-    for row in used:
-        operands = float(row["tflops"] or 0) / OPERANDS_FLOPS_A_BYTE
-        all_of_it = operands + moved.get(row["kernel"], 0) / float(row["ms"]) / 1e9
-        rates = (f"{float(row['tflops']):.0f}", f"{operands:.1f}", f"{all_of_it:.1f}") if row["tflops"] else ("",) * 3
-        cells[row["kernel"], row["backend"]] = row["ms"], *rates
-    caption = (
-        f"Each kernel by itself, {case.name}, SwiGLU, bf16, and the TB/s that a Hopper kernel's rate asks of L2, for "
-        f"operand tiles, and with what its epilogue reads and writes ({machines(used)}; cuBLAS 8192^3 ran at "
-        f"{used[-1]['cublas_8192_tflops']} TFLOP/s, a copy on the device at {used[-1]['copy_TBps']} TB/s; "
-        f"`benchmarks/results/bench_kernels.csv`)."
-    )
-    body = [
-        [kernel, *cells.get((kernel, "triton"), [""] * 4)[:2], *cells.get((kernel, "hopper"), [""] * 4)]
-        for kernel in dict.fromkeys(row["kernel"] for row in used)
-    ]
-    header = ("kernel", "portable, ms", "TFLOP/s", "Hopper, ms", "TFLOP/s", "operands, TB/s", "all, TB/s")
-    return Table(caption, header, body)
-
-
-def orders(rows: Rows) -> Table:
-    """A line a kernel whose tiles ran in two orders."""
-    used = newest(rows)
-    spans = {(row["kernel"], row["order"]): row["span_us"] for row in used}
-    caption = (
-        f"The portable kernels of {used[0]['case']}, widths shuffled, from the first program's start to the last "
-        f"one's end, in us ({machines(used)}; `benchmarks/results/busy_time.csv`)."
-    )
-    names = dict.fromkeys(row["kernel"] for row in used)
-    body = [[name, *(spans[name, order] for order in ("by expert", "heaviest first"))] for name in names]
-    return Table(caption, ("kernel", "experts in their order", "heaviest first"), body)
-
-
-def memory(rows: Rows) -> Table:
-    """A line a contestant of one case: the newest row of each, as memory does not depend on what runs beside."""
-    of_case = [row for row in rows if row["case"] == "128x256_top8" and row["saved_MiB"]]
-    newest_of = {row["contestant"]: row for row in of_case}
-    used = [newest_of[name] for name in (OURS, *RIVALS) if name in newest_of]
-    caption = (
-        f"What is kept for backward and the peak of a step, in MiB, for T, H, sizes, K, activation {shape(used[0])} "
-        f"({machines(used)}; `benchmarks/results/bench_moe.csv`)."
-    )
-    names = {OURS: "this project", **RIVALS}
-    body = [[names[row["contestant"]], row["saved_MiB"], row["peak_MiB"]] for row in used]
-    return Table(caption, ("", "kept", "peak"), body)
-
-
-def guide_of(folder: Path) -> list[Table]:
-    """What IMPLEMENTATION_GUIDE.md refers to."""
-    sections = (("bench_kernels.csv", kernels), ("busy_time.csv", orders), ("bench_moe.csv", memory))
-    return [section(rows_of(folder / name)) for name, section in sections]

@@ -1,5 +1,7 @@
 """The plot of busy multiprocessors: its two orders hold the same tiles, its clock compiles, its numbers add up."""
 
+import itertools
+import re
 from pathlib import Path
 
 import busy_time
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from offline import compiled_by
-from triton_moe import ExpertLayout
+from triton_moe import ExpertLayout, Routing
 
 pytest.importorskip("triton")
 
@@ -19,30 +21,57 @@ def describe(name, kernel, options):
 describe_each(describe)
 jit.JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: self.run(*a, grid=grid, warmup=True, **k)
 
+import dataclasses
+
 import busy_time
 from triton_moe import ExpertLayout
 from triton_moe.kernels import config
+from triton_moe.kernels.hopper import launch
 from triton_moe.kernels.route import packed_numel, trimmed
 from triton_moe.products import Shape, products
 
 config.capability = lambda device: divmod(capability, 10)
+launch.fits = lambda *of_layer: True
+launch._num_programs = lambda device: 132
 
 def routed(ids, layout, panels):
-    return trimmed(torch.zeros(packed_numel(ids.numel(), layout), dtype=torch.int32), ids, layout)
+    routing = trimmed(torch.zeros(packed_numel(ids.numel(), layout), dtype=torch.int32), ids, layout)
+    return dataclasses.replace(routing, panels=panels)
 
-shape = Shape(64, 128, ExpertLayout((128, 64)), 2, "swiglu")
-of_shape = products(shape, "triton", torch.bfloat16, torch.device("cpu"), routed)
+shape = Shape(64, 128, ExpertLayout((128, 64, 33)), 2, "swiglu")
+of_shape = products(shape, BACKEND, torch.bfloat16, torch.device("cpu"), routed)
 for kernel in busy_time.KERNELS:
     with busy_time.recorded([]):
         of_shape[kernel].call()
 """
 
 
-def test_the_clock_compiles_around_each_kernel() -> None:
+@pytest.mark.parametrize(
+    ("backend", "kernel", "clock"),
+    [
+        ("triton", "grouped_gemm_up_fwd_kernel", "timed_kernel"),
+        ("hopper", "grouped_gemm_up_hopper_kernel", "timed_gluon_kernel"),
+    ],
+)
+def test_the_clock_compiles_around_each_kernel(backend: str, kernel: str, clock: str) -> None:
+    """And around the copies of weights that one of an odd width asks for."""
     benchmarks = Path(busy_time.__file__).parent
-    of_operands, *compiled = compiled_by(f"sys.path.insert(0, {str(benchmarks)!r})\n{PROGRAM}", 90)
-    assert of_operands == ["grouped_gemm_up_fwd_kernel", 0, 0, True]
-    assert compiled == [["timed_kernel", 2, 1, True]] * len(busy_time.KERNELS)
+    program = f"sys.path.insert(0, {str(benchmarks)!r})\nBACKEND = {backend!r}\n{PROGRAM}"
+    compiled = compiled_by(program, 90)
+    products = [line for line in compiled if line[-1]]
+    assert products == [[kernel, 0, 0, True]] + [[clock, 2, 1, True]] * len(busy_time.KERNELS)
+    assert [line for line in compiled if not line[-1]] == [
+        *([["transpose_kernel", 0, 0, False]] * 2), *([["timed_kernel", 2, 1, False]] * 2)
+    ]  # fmt: skip
+
+
+def lists_of(routing: Routing) -> list[list[list[int]]]:
+    """The Hopper kernels', as far as tiles exist: each of three experts with a width has one column of tiles."""
+    assert routing.tiles is not None
+    numbers, ragged, weights = routing.tiles
+    counts = [*numbers[1:3].tolist(), 3, 3]
+    tiles = (*ragged.values(), *weights.values())
+    return [of_list[: 2 * count].view(-1, 2).tolist() for of_list, count in zip(tiles, counts, strict=True)]
 
 
 def test_by_expert_is_the_same_work_in_another_order(device: str) -> None:
@@ -68,6 +97,9 @@ def test_by_expert_is_the_same_work_in_another_order(device: str) -> None:
     assert sorted_blocks[: len(real)] == sorted(real) != real
     assert all(block == [-1, -1] for block in sorted_blocks[len(real) :])
     assert by_expert[0].expert_order.tolist() == [0, 1, 2, 3]
+    lists, sorted_lists = lists_of(heaviest[0]), lists_of(by_expert[0])
+    assert sorted_lists == [sorted(tiles) for tiles in lists]
+    assert [tiles[0][0] for tiles in lists[:2]] == [1, 1]
     for kernel in busy_time.KERNELS:
         assert products.disagreement(one[kernel], other[kernel]) == 0
 
@@ -84,8 +116,12 @@ def test_shuffled_widths_are_the_same_widths() -> None:
 
 def test_the_plot_wants_each_kernel_in_each_order(tmp_path: Path) -> None:
     row = {"case": "c", "gpu": "a GPU", "date": "today", "commit": "abc", "span_us": "7", "busy_us": "5 4 3"}
-    rows = [{**row, "kernel": kernel, "order": order} for kernel in busy_time.KERNELS for order in busy_time.ORDERS]
-    busy_time.draw(rows, tmp_path / "deep" / "busy_time.svg")
-    assert "heaviest first: 7 us in all" in (tmp_path / "deep" / "busy_time.svg").read_text()
-    with pytest.raises(ValueError, match=r"rows: expected each kernel in each order, got none of \[\('dw1'"):
+    places = itertools.product(busy_time.BACKENDS, busy_time.KERNELS, busy_time.ORDERS)
+    rows = [row | dict(zip(("backend", "kernel", "order"), place, strict=True)) for place in places]
+    for backends, used in (({"portable"}, rows[:6]), ({"portable", "Hopper"}, rows)):
+        busy_time.draw(used, tmp_path / "deep" / "busy_time.svg")
+        drawn = (tmp_path / "deep" / "busy_time.svg").read_text()
+        assert "heaviest first: 7 us in all" in drawn
+        assert set(re.findall("<!-- up, (.*) -->", drawn)) == backends
+    with pytest.raises(ValueError, match=r"rows: expected each kernel in each order, got none of \[\('hopper', 'dw1'"):
         busy_time.draw(rows[:-1], tmp_path / "none.svg")

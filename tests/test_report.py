@@ -12,6 +12,8 @@ import pytest
 import report
 import results
 import tables
+from command import DEFAULT_CONTESTANTS
+from contestants import CONTESTANTS
 from page import PLOTS, dots, page
 from typer.testing import CliRunner
 
@@ -146,12 +148,76 @@ def test_newest_rows_alone(tmp_path: Path) -> None:
     assert "run twice: backend 0 3000 draws (3000 asked), 0 outside" in table.caption
 
 
+def of_runs(runs: dict[str, str]) -> list[dict[str, str]]:
+    """Commit -> its contestants, to rows whose times say of whom and of which commit they are."""
+    return [timed(name, f"{name}{commit}", "s", commit=commit) for commit, of in runs.items() for name in of.split()]
+
+
 def test_ratios_come_from_one_run() -> None:
     """The last one that had both."""
-    runs = (("1", "triton_moe"), ("1", "grouped_mm"), ("2", "triton_moe"), ("2", "grouped_mm"), ("3", "triton_moe"))
-    rows = [timed(name, f"{name}{commit}", "s", commit=commit) for commit, name in runs]
-    (table,) = tables.speed(rows)
-    assert table.markdown().endswith("| triton_moe2 (0.012) / s (2.3) | grouped_mm2 (0.012) / s (2.3) |")
+    runs = {"1": "triton_moe grouped_mm", "2": "triton_moe grouped_mm", "3": "triton_moe", "4": "grouped_mm"}
+    (table,) = tables.speed(of_runs(runs))
+    assert table.markdown().endswith("| triton_moe2 (0.012) / s (2.3) | grouped_mm2 (0.012) / s (2.3) | 2 |")
+
+
+def test_every_contestant_has_its_newest_run() -> None:
+    """Beside ours of that run, and what else has no newer one; those of one run stand in one line."""
+    runs = {
+        "1": "triton_moe grouped_mm momoe torch_loop",
+        "2": "triton_moe triton_moe_portable grouped_mm scattermoe dense_ceiling stk",
+        "3": "triton_moe grouped_mm",
+    }
+    in_pytorch, libraries = tables.speed(of_runs(runs))
+
+    def lines(table: tables.Table) -> list[dict[str, str]]:
+        """By heading, what is there, without spreads."""
+        cells = ([cell.partition(" (")[0] for cell in line] for line in table.body)
+        return [{name: cell for name, cell in zip(table.header[1:], line[1:], strict=True) if cell} for line in cells]
+
+    portable = {"this project": "triton_moe2", "its portable kernels": "triton_moe_portable2"}
+    grouped_mm, dense, loop, scattermoe, momoe = (
+        tables.NAMES[name] for name in ("grouped_mm", "dense_ceiling", "torch_loop", "scattermoe", "momoe")
+    )
+    assert lines(in_pytorch) == [
+        {"this project": "triton_moe3", grouped_mm: "grouped_mm3", "commit": "3"},
+        {**portable, dense: "dense_ceiling2", "commit": "2"},
+        {"this project": "triton_moe1", loop: "torch_loop1", "commit": "1"},
+    ]
+    assert lines(libraries) == [
+        {**portable, scattermoe: "scattermoe2", "commit": "2"},
+        {"this project": "triton_moe1", momoe: "momoe1", "commit": "1"},
+    ]
+
+
+def test_every_contestant_that_runs_by_default_has_a_column() -> None:
+    """stk and our graphs in a table of their own."""
+    assert set(DEFAULT_CONTESTANTS) - tables.NAMES.keys() == {tables.REFERENCE}
+    assert tables.NAMES.keys() <= CONTESTANTS.keys()
+
+
+def test_training_is_shown_beside_each_reference() -> None:
+    """The last run of each, what failed too."""
+    columns = ("steps", "compared_steps", "first_steps_difference", "rounding_difference", "correlation")
+    row = dict.fromkeys((*columns, "our_held_out_loss", "baseline_held_out_loss"), "0") | MACHINE
+    runs = (
+        ("old", "block_sparse", "fail"),
+        ("old", "block_sparse_historical", "fail"),
+        ("new", "block_sparse", "pass"),
+    )
+    rows = [
+        {**row, "commit": commit, "baseline": baseline, "seed": str(seed), "result": result}
+        for commit, baseline, result in runs
+        for seed in range(3)
+    ]
+    (table,) = tables.validation(rows)
+    assert [(line[0], line[1], line[-1]) for line in table.body] == [
+        (baseline, str(seed), result)
+        for baseline, result in (("block_sparse", "pass"), ("block_sparse_historical", "fail"))
+        for seed in range(3)
+    ]
+    assert "block_sparse_historical has garbage for its experts' gradients, and must fail (" in table.caption
+    assert "commit new, old;" in table.caption
+    assert "must fail" not in tables.validation(rows[:3])[0].caption
 
 
 def test_commands_of_one_day_and_commit_are_told_apart() -> None:

@@ -45,7 +45,7 @@ def test_training_the_baseline_and_ours_agrees(text: Path, tmp_path: Path, capsy
     for row in rows:
         assert float(row["correlation"]) >= 0.9999
         assert float(row["first_steps_difference"]) < 1e-4
-        assert int(row["compared_steps"]) > 1
+        assert int(row["compared_steps"]) >= 10
         assert 0 < float(row["our_dw1_error"]) < 1e-5
 
 
@@ -111,6 +111,18 @@ def test_runs_are_compared_until_a_tie_parts_them(
     assert columns["compared_steps"] == (4 if logits is TIE else 2)
     assert len(found) == len(faults)
     assert all(fault.startswith(start) for fault, start in zip(found, faults, strict=True))
+
+
+@pytest.mark.parametrize("parted", [0, 1, 9, 10, 99])
+def test_a_seed_that_parts_at_once_fails(parted: int) -> None:
+    """By a tie, so that nothing else is wrong. How many steps the other seeds have does not count."""
+    losses = [5.0 - step / 100 for step in range(100)]
+    before, after = [[1.0, 0.0]] * parted, [[1.0, 0.0]] * (99 - parted)
+    logits, others = ([*before, tie, *after] for tie in ([0.5 + 1e-6, 0.5], [0.5, 0.5 + 1e-6]))
+    twin = run_of(losses, [[first + 1e-6, second] for first, second in logits])
+    columns, faults = validate_training.compare(run_of(losses, logits), run_of(losses, others), twin, top_k=1, seed=7)
+    assert columns["compared_steps"] == parted
+    assert faults == [f"compared steps of seed 7: expected 10 or more, got {parted}"] * (parted < 10)
 
 
 @pytest.mark.parametrize(
