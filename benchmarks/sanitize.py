@@ -29,7 +29,10 @@ import torch
 from results import ROOT, append, folder, provenance, text
 
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
-FILES = ("gather", "scatter", "grouped_gemm", "route", "route_tokens", "forward", "backward", "hopper", "decode")
+FILES = (
+    *("gather", "scatter", "grouped_gemm", "route", "route_tokens", "forward", "backward", "hopper", "decode"),
+    *("experts", "replay"),
+)
 """What launches each kernel on small operands; others check memory, speed, graphs or torch.compile around them."""
 UNSEEN = {
     "initcheck": r"test_hopper\.py::(?!test_each_kernel_by_itself)"

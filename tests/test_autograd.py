@@ -246,16 +246,16 @@ def test_swapped_storage_is_seen(backend: str, device: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("casts_x", [False, True])
 @pytest.mark.parametrize("low", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-def test_autocast_is_the_layer_in_that_dtype(low: torch.dtype, compiled: bool, device: str) -> None:
-    """To the bit."""
+def test_autocast_is_the_layer_in_that_dtype(low: torch.dtype, casts_x: bool, compiled: bool, device: str) -> None:
+    """To the bit, whether x comes in fp32, as the parameters, or in that dtype."""
     torch.compiler.reset()
-    layer, x = layer_on(device, bias=True), torch.randn(9, 32, device=device)
+    layer, x = layer_on(device, bias=True), torch.randn(9, 32, device=device).to(torch.float32 if casts_x else low)
     with torch.no_grad():
         for weight in layer.parameters():
             weight.normal_(std=32**-0.5)
     other = copy.deepcopy(layer).to(low)
-    other._is_one_operator = False  # it adds the two gradients of x with a rounding fewer
     call: Any = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
 
     def step(call: Any, layer: MoEMLP, x: Tensor, autocasts: bool) -> dict[str, Tensor]:
@@ -269,10 +269,51 @@ def test_autocast_is_the_layer_in_that_dtype(low: torch.dtype, compiled: bool, d
 
     actual, expected = step(call, layer, x.clone(), True), step(other, other, x.to(low), False)
     assert actual["out"].dtype == low
-    assert {actual[name].dtype for name in ("x", "f", *dict(layer.named_parameters()))} == {torch.float32}
+    assert {actual[name].dtype for name in dict(layer.named_parameters())} == {torch.float32}
+    assert actual["x"].dtype == actual["f"].dtype == x.dtype
     for name, value in expected.items():
         assert value.any(), name
         assert torch.equal(actual[name].to(value.dtype), value), name
+
+
+def test_autocast_is_off_where_it_is_disabled(device: str) -> None:
+    layer, x = layer_on(device), torch.randn(9, 32, device=device)
+    with torch.autocast(device, torch.float16):
+        low = layer(x)[0]
+        with torch.autocast(device, enabled=False):
+            assert torch.equal(layer(x)[0], (expected := layer(x.clone())[0]))
+            with pytest.raises(ValueError, match=r"^x: expected torch\.float32 on .* as the weights"):
+                layer(x.half())
+    assert low.dtype == torch.float16
+    assert torch.equal(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched"),
+    [("x router", {"dx", "router"}), ("x", {"dx", "router"}), ("router", {"router"}), ("", set())],
+)
+def test_only_the_gradients_asked_for_are_computed(
+    asked: str, launched: set[str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of x, by a kernel of its own, and of the router."""
+    from triton_moe.kernels.tuning import forget
+    from triton_moe.ops import router, up_backward
+
+    called: set[str] = set()
+
+    def noted(module: Any, name: str, what: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: (called.add(what), function(*args, **kwargs))[1])
+
+    noted(up_backward, "grouped_gemm_down_fwd", "dx")
+    noted(router, "router_bwd", "router")
+    forget()  # a repeated call would not come by here
+    layer = layer_on(device)
+    x = torch.randn(40, 32, device=device, requires_grad="x" in asked.split())
+    layer.router.weight.requires_grad_("router" in asked)
+    layer(x)[0].sum().backward()
+    assert called == launched
+    assert layer.w1.grad is not None
 
 
 def test_gradients_accumulate_into_fp32(device: str) -> None:
@@ -379,6 +420,14 @@ def test_selective_checkpointing_sees_the_operators(device: str) -> None:
     expected = torch.autograd.grad(layer(x)[0].square().sum(), x)[0]
     assert x.grad is not None
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_functional_call(device: str) -> None:
+    layer, x = layer_on(device), torch.randn(9, 32, device=device)
+    others = {name: 2 * value.detach() for name, value in layer.named_parameters()}
+    out = torch.func.functional_call(layer, others, (x,))[0]
+    layer.load_state_dict(others)
+    assert torch.equal(out, layer(x)[0])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # make_dual's own import

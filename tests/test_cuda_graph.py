@@ -6,9 +6,10 @@ import pytest
 import torch
 from timing import captured
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from operators import BACKENDS
-from triton_moe import MoEConfig, MoEMLP
+from triton_moe import GroupLimit, MoEConfig, MoEMLP
 
 pytestmark = pytest.mark.gpu
 
@@ -41,15 +42,22 @@ def clear(layer: MoEMLP, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_forward(backend: str) -> None:
-    layer, x = make_layer(backend=backend), tokens(0)
+@pytest.mark.parametrize("changes", [{}, {"load_balance": "sequence"}, {"groups": GroupLimit(7, 7, 1)}], ids=str)
+def test_forward(changes: dict, backend: str) -> None:
+    """Where PyTorch routes, too."""
+    layer, x = make_layer(backend=backend, **changes), tokens(0)
     with torch.no_grad():
-        graph, out = captured(lambda: layer(x)[0])
+        graph, (out, aux, f) = captured(lambda: layer(x))
         for seed in (1, 2):
             x.copy_(tokens(seed))
             graph.replay()
-            assert torch.equal(out, layer(tokens(seed))[0])
-    assert not torch.equal(layer(tokens(1))[0], layer(tokens(2))[0])
+            expected, expected_aux, expected_f = layer(tokens(seed))
+            assert torch.equal(out, expected)
+            assert torch.equal(f, expected_f)
+            assert all(torch.equal(aux[name], expected_aux[name]) for name in aux)
+    one, two = layer(tokens(1)), layer(tokens(2))
+    assert not torch.equal(one[0], two[0])
+    assert not torch.equal(one[2], two[2])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,6 +90,7 @@ def test_forward_and_backward(backend: str) -> None:
 def test_reduce_overhead(backend: str) -> None:
     """torch.compile's own graphs, the last of whose calls finds other weights in other memory."""
     torch.compiler.reset()
+    counters.clear()
     sizes = [(3, 64), (2, 40)]  # a layout of its own: its tables are made inside
     config = MoEConfig(sizes, 2, H, activation="swiglu", backend=backend)
     layer, dout = MoEMLP(config, device="cuda", dtype=torch.bfloat16), tokens(100)
@@ -101,6 +110,7 @@ def test_reduce_overhead(backend: str) -> None:
             results.append([out, *(leaf.grad.clone() for leaf in (x, *layer.parameters()))])  # type: ignore[union-attr]
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_exact_memory_is_refused_while_capturing() -> None:

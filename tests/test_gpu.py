@@ -6,11 +6,14 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+import bench_host
 import pytest
 import torch
+from cases import CASES
+from timing import launches
 
 from operators import BACKENDS, inputs_for
-from triton_moe import ExpertLayout, MoEConfig, MoEMLP, moe_mlp
+from triton_moe import ExpertLayout, GroupLimit, MoEConfig, MoEMLP, moe_mlp
 from triton_moe.testing import Case, Inputs, run
 
 pytestmark = pytest.mark.gpu
@@ -25,9 +28,10 @@ def each_tensor(inputs: Inputs, change: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 @USES_SYNC_DEBUG
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("changes", [{}, {"load_balance": "sequence"}, {"groups": GroupLimit(3, 2, 1)}], ids=str)
+def test_nothing_waits_for_the_device(changes: dict) -> None:
     """Forward and backward of the layer, its router and its losses included, copy nothing back."""
-    layer = MoEMLP(MoEConfig([(4, 64), (2, 24)], 2, 64), device="cuda", dtype=torch.bfloat16)
+    layer = MoEMLP(MoEConfig([(4, 64), (2, 24)], 2, 64, **changes), device="cuda", dtype=torch.bfloat16)
     x = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def step() -> None:
@@ -91,13 +95,14 @@ def num_compiled() -> dict[str, int]:
     return {name: sum(len(caches[0]) for caches in kernel.device_caches.values()) for name, kernel in kernels.items()}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dynamic", [None, True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_new_batch_size_compiles_nothing(backend: str, compiled: bool) -> None:
+def test_a_new_batch_size_compiles_nothing(backend: str, dynamic: bool | None) -> None:
+    """Of our kernels, in eager calls (None) and in a graph; one that is not dynamic is traced for each size."""
     torch.compiler.reset()
     config = MoEConfig([(1, 64), (1, 24), (1, 128)], 2, 64, activation="swiglu", backend=backend)
     layer = MoEMLP(config, device="cuda", dtype=torch.bfloat16)
-    call = torch.compile(layer, fullgraph=True, dynamic=True) if compiled else layer
+    call = layer if dynamic is None else torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
 
     def step(num_tokens: int) -> None:
         x = torch.randn(num_tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -115,9 +120,25 @@ def test_a_new_batch_size_compiles_nothing(backend: str, compiled: bool) -> None
     assert products | of_routing | {"scatter_fwd_kernel", "sum_partials_kernel"} <= {
         name for name in before if before[name]
     }
-    for num_tokens in (1, 2, 8, 16, 17, 64, 333, 4096, 40_001):
-        step(num_tokens)
+    with torch._dynamo.config.patch(recompile_limit=16):
+        for num_tokens in (1, 2, 8, 16, 17, 64, 333, 4096, 40_001):
+            step(num_tokens)
     assert num_compiled() == before
+
+
+@pytest.mark.parametrize("name", bench_host.DEFAULT_CASES)
+def test_launches(name: str) -> None:
+    """Of the layer with its three losses, copies and memsets among them."""
+    forward, step = bench_host.calls_of(CASES[name], torch.bfloat16, torch.device("cuda"))
+    assert launches(forward).count <= 10
+    assert launches(step).count <= 24
+
+
+def test_weights_on_the_cpu_are_refused() -> None:
+    layer = MoEMLP(MoEConfig([(2, 16)], 1, 64), device="cuda")
+    layer.w2 = torch.nn.Parameter(layer.w2.detach().cpu())
+    with pytest.raises(ValueError, match=r"^w2: expected torch\.float32 on cuda:0 as x, got torch\.float32 on cpu"):
+        layer(torch.randn(9, 64, device="cuda"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

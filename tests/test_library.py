@@ -71,10 +71,16 @@ def test_moe_mlp(activation: str, with_biases: bool, trained: bool, device: str)
 
 
 @pytest.mark.parametrize("with_biases", [False, True])
-def test_moe_mlp_inference(with_biases: bool, device: str) -> None:
-    arguments = of_moe_mlp("swiglu", device, with_biases)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_moe_mlp_inference(activation: str, with_biases: bool, device: str) -> None:
+    arguments = of_moe_mlp(activation, device, with_biases)
     with torch.no_grad():
         opcheck(torch.ops.triton_moe.moe_mlp_inference.default, (*arguments, False, "auto"))
+
+
+@pytest.mark.parametrize(("exact", "keep_pre"), [(True, True), (True, False), (False, False)])
+def test_memory_options(exact: bool, keep_pre: bool, device: str) -> None:
+    opcheck(torch.ops.triton_moe.moe_mlp.default, (*of_moe_mlp("swiglu", device, False), exact, keep_pre, "auto"))
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -97,10 +103,11 @@ def transposed(*shape: int, device: str) -> Tensor:
     return normal(*reversed(shape), device=device, requires_grad=False).t().requires_grad_()
 
 
-def differentiable(device: str) -> dict[str, tuple]:
-    """Arguments of each operator with a backward, w1, w2 and w3 transposed in memory."""
-    x, weights, topk_ids, *_, b1, b2, b3, widths, activation = of_moe_mlp("swiglu", device, True)
-    w1, w2, w3 = (transposed(*shape, device=device) for shape in ((H, S), (S, H), (H, S)))
+def differentiable(device: str, activation: str = "swiglu") -> dict[str, tuple]:
+    """Arguments of each operator with a backward, x, w1, w2 and w3 transposed in memory."""
+    _, weights, topk_ids, *_, b1, b2, b3, widths, _ = of_moe_mlp(activation, device, True)
+    x, w1, w2, w3 = (transposed(*shape, device=device) for shape in ((T, H), (H, S), (S, H), (H, S)))
+    w3 = w3 if is_gated(activation) else None
     experts, router = (w1, w2, w3, b1, b2, b3, widths), (K, False, True, True)
     router_weight, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
     routing = functional.route(topk_ids, LAYOUT, backend="triton")
@@ -117,14 +124,35 @@ def differentiable(device: str) -> dict[str, tuple]:
     }
 
 
-def test_moe_layer_of_transposed_weights(device: str) -> None:
+def test_moe_layer_of_transposed_operands(device: str) -> None:
     arguments = differentiable(device)["moe_layer"]
-    assert not any(weight.is_contiguous() for weight in arguments[3:6])
+    assert not any(operand.is_contiguous() for operand in (arguments[0], *arguments[3:6]))
     opcheck(torch.ops.triton_moe.moe_layer.default, arguments)
 
 
+def strided(tensor: Tensor) -> Tensor:
+    """The same numbers, columns or every second element apart."""
+    if tensor.dim() > 1:
+        return tensor.t().contiguous().t()
+    return torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., 0]
+
+
 @pytest.mark.parametrize("name", WITH_BACKWARD)
-def test_backward_operators(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_any_strides(name: str, device: str) -> None:
+    arguments = differentiable(device)[name]
+    leaves = [leaf for leaf in arguments if isinstance(leaf, Tensor) and leaf.requires_grad]
+    results = getattr(torch.ops.triton_moe, name).default(*arguments)
+    results = [result for result in ((results,) if isinstance(results, Tensor) else results) if result.requires_grad]
+    grads = [normal(*result.shape, device=device, requires_grad=False) for result in results]
+    given = [strided(grad) for grad in grads]
+    assert all(grad.numel() == 1 or not grad.is_contiguous() for grad in given)
+    found, expected = (torch.autograd.grad(results, leaves, of, retain_graph=True) for of in (given, grads))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu_squared"])
+@pytest.mark.parametrize("name", WITH_BACKWARD)
+def test_backward_operators(name: str, activation: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By themselves: with the operator's own check they run, but nothing is compared with their fakes."""
     calls: list[tuple] = []
     call = Operator.__call__
@@ -135,7 +163,7 @@ def test_backward_operators(name: str, device: str, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(Operator, "__call__", recorded)
-        results = getattr(torch.ops.triton_moe, name).default(*differentiable(device)[name])
+        results = getattr(torch.ops.triton_moe, name).default(*differentiable(device, activation)[name])
         results = (results,) if isinstance(results, Tensor) else results
         torch.stack([result.sum() for result in results if result.requires_grad]).sum().backward()
     ((operator, arguments),) = [call for call in calls if call[0]._schema.name.endswith("_backward")]

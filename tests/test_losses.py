@@ -168,3 +168,12 @@ def test_compiles_into_one_graph_per_layout(loss):
         probs, f = _scores(layout)
         arguments = (probs, f, layout) if loss is load_balance_loss else (probs, layout)
         torch.testing.assert_close(compiled(*arguments), loss(*arguments))
+
+
+def test_tables_are_copied_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, probs = ExpertLayout((8, 8, 24)), torch.rand(5, 3)
+    f = torch.rand(3)
+    first = load_balance_loss(probs, f, layout), compute_loss(probs, layout)
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: pytest.fail("made anew"))
+    second = load_balance_loss(probs, f, layout), compute_loss(probs, layout)
+    assert first == second

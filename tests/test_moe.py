@@ -163,6 +163,20 @@ class TestParameters:
             assert torch.equal(tensor, expected.state_dict()[name]), name
         assert torch.equal(layer(_input(9))[0], expected(_input(9))[0])
 
+    def test_reset_parameters_of_every_module_is_a_new_layer(self):
+        """As it is called on models from the meta device: of all modules that have it, the layer's parts after it."""
+        config = MoEConfig([(2, 16)], 1, 1024, balancing=BiasBalancing(update_in_forward=True))
+        layer = MoEMLP(config, device="meta").to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                tensor.fill_(7)
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+        assert not any(buffer.any() for buffer in layer.buffers())
+        assert layer.router.weight.std().item() == pytest.approx(1024**-0.5, rel=0.1)
+        assert layer.w1.std().item() == pytest.approx(1024**-0.5, rel=0.1)
+
     def test_initial_scale_is_one_over_the_root_of_the_fan_in(self):
         torch.manual_seed(0)
         layer = MoEMLP(MoEConfig([(1, 1024), (1, 64)], 1, 256, activation="swiglu"))

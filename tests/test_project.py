@@ -25,6 +25,7 @@ MUST_NOT_IMPORT = {
     "testing.py": r"triton\b|triton_moe(?!\.(reference|layout)\b)",
     "reference.py": r"triton\b|triton_moe(?!\.layout\b)",
     "layout.py": r"triton\b|triton_moe\b",
+    "constants.py": r"triton\b|triton_moe\b",
     "torch_backend.py": r"triton\b|triton_moe(?!\.(activations|layout)\b)",
     "experts.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops|moe|router)\b",
     "moe.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops)\b",
@@ -33,7 +34,7 @@ MUST_NOT_IMPORT = {
     "losses.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops)\b",
     "functional.py": r"torch\.nn\b(?!\.functional)|triton_moe\.(cli|train|testing|moe|router|losses)\b",
     "ops": r"torch\.nn\b|triton_moe\.(cli|train|testing|moe|router|losses|functional)\b",
-    "kernels": r"torch\.(nn|autograd)\b|triton_moe(?!\.(kernels|activations|layout)\b)",
+    "kernels": r"torch\.(nn|autograd)\b|triton_moe(?!\.(kernels|activations|constants|layout)\b)",
 }
 # The one way up: where `kernels/__init__.py` may import `functional`, to look a name up late, and for type checkers.
 LOOKS_UP = ("def __getattr__(", "if TYPE_CHECKING:")

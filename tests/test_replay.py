@@ -18,8 +18,9 @@ from triton_moe.testing import CASES, Case, Inputs, poison_empty, run
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from triton_moe.constants import on_device  # noqa: E402
 from triton_moe.kernels import replay  # noqa: E402
-from triton_moe.kernels.config import allows_tf32, capability, on_device  # noqa: E402
+from triton_moe.kernels.config import allows_tf32, capability  # noqa: E402
 from triton_moe.kernels.launch import Launcher, watching  # noqa: E402
 from triton_moe.kernels.tuning import configure, forget, table  # noqa: E402
 

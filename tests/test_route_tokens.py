@@ -171,12 +171,20 @@ def test_nan_stays_with_its_token(device: str) -> None:
 
 
 @pytest.mark.parametrize("num_experts", [1, 512, 513])
-def test_number_of_experts(num_experts: int, device: str) -> None:
+def test_number_of_experts(num_experts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to 512 in the kernel, more in PyTorch."""
+    from triton_moe.kernels.tuning import forget
+    from triton_moe.ops import router
+
+    calls: list[None] = []
+    kernel = router.router_fwd
+    monkeypatch.setattr(router, "router_fwd", lambda *args: (calls.append(None), kernel(*args))[1])
+    forget()  # a repeated call would not come by here
     layout = ExpertLayout((8,) * num_experts)
     x, weight = tensors(6, torch.float32, device, num_experts)
     K = min(8, num_experts)
     routed = route_tokens(x, weight, layout=layout, num_active_experts=K, backend="triton")
+    assert len(calls) == (num_experts <= 512)
     expected = by_definition(x, weight, routed.topk_ids, "sigmoid", True, layout)
     scores = router_logits(x, weight).sigmoid()
     assert torch.equal(scores.gather(1, routed.topk_ids.long()), scores.topk(K).values)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 from triton_moe.cli import app, parse_sizes
@@ -484,6 +485,9 @@ def test_compiled_and_captured_reaches_the_loss_of_eager_fp32() -> None:
         return trainer.loss_on(windows(corpus.held_out, trainer.config.context))
 
     eager = [held_out(seed) for seed in range(3)]
+    counters.clear()
     compiled = [held_out(seed, precision="bf16", compile=True) for seed in range(3)]
+    assert counters["inductor"]["cudagraph_skips"] == 0
     assert max(eager) < 2
-    assert statistics.fmean(compiled) <= statistics.fmean(eager) + max(eager) - min(eager), (compiled, eager)
+    difference = statistics.fmean(compiled) - statistics.fmean(eager)
+    assert abs(difference) <= max(eager) - min(eager), (compiled, eager)

@@ -246,13 +246,15 @@ def moe_mlp(
             "hopper" reach the experts packed before its own.
         activation_memory: "bounded" sizes what is kept for backward by the widest expert, from what the host knows;
             "exact" by the routing, for which it reads one number back, not while a CUDA graph is captured.
-        recompute: keep x and the routing alone, and compute the pre-activation once more in backward.
+        recompute: keep x and the routing alone, and compute the pre-activation once more in backward. Without it, an
+            eager backward pass frees the pre-activation once its gradient is known; one under torch.compile keeps it to
+            its own end.
 
     Returns:
-        x's shape and dtype; under autocast its dtype, to which x and the weights are cast first, as by nn.Linear.
-        Differentiable in all tensors but topk_ids. The same inputs give the same bits; but a few tokens without
-        gradients, as in decoding, have tiles of their own, and may differ in the last bit from those with. On CUDA
-        nothing is read back to the host.
+        x's shape and dtype; under autocast its dtype, to which x and the weights are cast first, as by nn.Linear, but
+        anew in each call: autocast remembers casts for PyTorch's own operators alone. Differentiable in all tensors but
+        topk_ids. The same inputs give the same bits; but a few tokens without gradients, as in decoding, have tiles of
+        their own, and may differ in the last bit from those with. On CUDA nothing is read back to the host.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
@@ -314,14 +316,18 @@ def moe_layer(
 ) -> tuple[Tensor, ...] | None:
     """A router and its experts with one node in autograd's graph, which costs the host less than two.
 
-    `x (T, H)`, the router as in `route_tokens`, the experts as in `moe_mlp`. Returns the output, then the fields of a
-    `RouterOutput`, of which only the losses are differentiable here; None where nothing is differentiated or the
-    kernels do not run. Not for autocast.
+    `x (T, H)`, under autocast in its dtype; the router as in `route_tokens`, the experts as in `moe_mlp`. Returns the
+    output, then the fields of a `RouterOutput`, of which only the losses are differentiable here; None where nothing is
+    differentiated or the kernels do not run.
     """
     operands = (x, router_weight, bias, w1, w2, w3, b1, b2, b3)
     is_differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     if not (is_differentiated and runs_kernels(x.device, x.dtype, backend)):
         return None
+    if _autocasts(x.device):
+        w1, w2 = w1.to(matmul_dtype(w1)), w2.to(matmul_dtype(w2))
+        w3, b1, b2, b3 = (None if t is None else t.to(matmul_dtype(t)) for t in (w3, b1, b2, b3))
+        operands = (x, router_weight, bias, w1, w2, w3, b1, b2, b3)
     check_router_input(x, router_weight, bias, layout, num_active_experts)
     if x.shape[0] * num_active_experts > _MAX_SLOTS:
         _fail("x", f"at most {_MAX_SLOTS} slots", x.shape[0] * num_active_experts)

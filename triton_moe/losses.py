@@ -6,11 +6,13 @@ row `(E)` of them, which may be that mean: whoever needs both computes it once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from triton_moe.constants import on_device
 from triton_moe.layout import ExpertLayout
 
 
@@ -60,5 +62,14 @@ def mean_over_tokens(probs: Tensor) -> Tensor:
     return probs if probs.dim() == 1 else probs.sum(dim=0) / max(probs.shape[0], 1)
 
 
+@functools.lru_cache(maxsize=256)
+def _made_once(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return on_device([values], torch.int32, device)[0]
+
+
 def _table(values: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=like.device)
+    """On the device of `like`; not copied there anew, which would wait for it and could not be captured. A graph that
+    is traced makes its own."""
+    if type(like) is not Tensor or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int32, device=like.device)
+    return _made_once(tuple(values), like.device)

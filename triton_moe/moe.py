@@ -139,6 +139,13 @@ def _sequence_length(x: Tensor) -> int:
     return max(x.shape[-2], 1) if x.dim() > 1 else 1
 
 
+class RouterLinear(nn.Linear):
+    """`nn.Linear` with weights of a normal distribution of std 1 / sqrt(fan-in)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+
 class MoEMLP(Experts, BiasBalanced):
     """A mixture-of-experts MLP whose experts may have any width.
 
@@ -152,7 +159,8 @@ class MoEMLP(Experts, BiasBalanced):
     On the kernels the output and the losses are one node of autograd's graph: differentiate them together, as a
     training step does, or one after the other with `retain_graph=True`.
 
-    A model built on the meta device becomes real by `to_empty`, then `init_params()` and `_init_buffers()`.
+    A model built on the meta device becomes real by `to_empty`, then `reset_parameters()`, which is `init_params()` and
+    `_init_buffers()`.
     """
 
     def __init__(
@@ -162,7 +170,7 @@ class MoEMLP(Experts, BiasBalanced):
         self.config = config
         H, layout, activation, on = config.hidden_size, config.layout, config.activation, (device, dtype)
         rows = layout.num_experts - layout.widths.count(0) + 1 if config.shared_null_logit else layout.num_experts
-        self.router = nn.Linear(H, rows, bias=False, device=device, dtype=dtype)
+        self.router = RouterLinear(H, rows, bias=False, device=device, dtype=dtype)
         options: dict[str, str | bool] = {
             name: getattr(config, name) for name in ("backend", "activation_memory", "recompute")
         }
@@ -185,10 +193,15 @@ class MoEMLP(Experts, BiasBalanced):
         The fan-in is H for the router, w1 and w3. For w2 it is the expert's own width, so that experts of all widths
         start with outputs of one scale.
         """
-        self.router.weight.normal_(std=self.config.hidden_size**-0.5)
+        self.router.reset_parameters()
         super().init_params()
         if self.shared is not None:
             self.shared.init_params()
+
+    def reset_parameters(self) -> None:
+        """Every weight and buffer as a new layer has them."""
+        self.init_params()
+        self._init_buffers()
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # type: ignore[override]
         """`x (..., H)`, in the weights' dtype (under autocast in any) -> `(out, aux, f_i)`.
@@ -235,8 +248,7 @@ class MoEMLP(Experts, BiasBalanced):
             "normalize_weights": config.normalize_weights,
             "aux_losses": config.aux_losses,
         }
-        is_differentiated = torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
-        if self._is_one_operator and is_differentiated:
+        if self._is_one_operator and torch.is_grad_enabled():
             both = moe_layer(tokens, router_weight, bias, *self._operands(), **options, **self._moe_mlp_options)
             if both is not None:
                 return both[0], RouterOutput(*both[1:10])

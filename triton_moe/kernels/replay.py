@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_moe.kernels.config import allows_tf32, is_table
+from triton_moe.constants import is_table
+from triton_moe.kernels.config import allows_tf32
 from triton_moe.kernels.launch import STREAM, Launch, current_stream, is_hooked, moved, watching
 from triton_moe.kernels.tuning import forget_when_configured
 

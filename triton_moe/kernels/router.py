@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_moe.kernels.config import cdiv, on_device, rows_contiguous
+from triton_moe.constants import on_device
+from triton_moe.kernels.config import cdiv, rows_contiguous
 from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import accumulate
 from triton_moe.layout import ExpertLayout

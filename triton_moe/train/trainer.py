@@ -50,7 +50,9 @@ class Trainer:
         self.config, self.corpus, self.device = config, corpus, device
         torch.manual_seed(config.seed)
         self.model = GPT(config, mlp).to(device)
-        self._train_model = torch.compile(self.model, mode="reduce-overhead") if config.compile else self.model
+        self._train_model = (
+            torch.compile(self.model, mode="reduce-overhead", fullgraph=True) if config.compile else self.model
+        )
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=device.type == "cuda"
         )
