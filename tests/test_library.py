@@ -99,6 +99,15 @@ def test_moe_layer(activation: str, device: str) -> None:
     opcheck(torch.ops.triton_moe.moe_layer.default, (x, router, bias, *weights, widths, *options))
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+def test_moe_layer_inference(softmax: bool, device: str) -> None:
+    x, _, _, *weights, widths, activation = of_moe_mlp("swiglu", device, softmax)
+    router, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
+    options = (widths, K, softmax, True, True, activation, False, "auto")
+    with torch.no_grad():
+        opcheck(torch.ops.triton_moe.moe_layer_inference.default, (x, router, bias, *weights, *options))
+
+
 def transposed(*shape: int, device: str) -> Tensor:
     return normal(*reversed(shape), device=device, requires_grad=False).t().requires_grad_()
 
@@ -205,5 +214,6 @@ def test_expert_bias(device: str) -> None:
 def test_every_operator_is_checked() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("triton_moe::")}
     backward = {f"{name}_backward" for name in WITH_BACKWARD}
-    without_backward = {"route", "moe_mlp_inference", "keep_bias", "count_choices", "move_bias_in_forward"}
+    without_backward = {"route", "moe_mlp_inference", "moe_layer_inference"}
+    without_backward |= {"keep_bias", "count_choices", "move_bias_in_forward"}
     assert names == {f"triton_moe::{name}" for name in {*WITH_BACKWARD} | backward | without_backward}

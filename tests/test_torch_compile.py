@@ -102,6 +102,9 @@ def test_one_operator_each_way(autocasts: bool, device: str) -> None:
 
     step(layer, call, torch.randn(9, H, device=device))
     assert graphs == [["triton_moe.moe_layer.default"], ["triton_moe.moe_layer_backward.default"]]
+    with torch.no_grad():
+        call(torch.randn(9, H, device=device))
+    assert graphs[2:] == [["triton_moe.moe_layer_inference.default"]]
 
 
 def test_a_new_batch_size_compiles_nothing(device: str) -> None:

@@ -314,20 +314,17 @@ def moe_layer(
     activation_memory: str = "bounded",
     recompute: bool = False,
 ) -> tuple[Tensor, ...] | None:
-    """A router and its experts with one node in autograd's graph, which costs the host less than two.
+    """A router and its experts as one operator, one node in autograd's graph, which costs the host less than two.
 
     `x (T, H)`, under autocast in its dtype; the router as in `route_tokens`, the experts as in `moe_mlp`. Returns the
-    output, then the fields of a `RouterOutput`, of which only the losses are differentiable here; None where nothing is
-    differentiated or the kernels do not run.
+    output, then the fields of a `RouterOutput`, of which only the losses are differentiable here; None where the
+    kernels do not run.
     """
-    operands = (x, router_weight, bias, w1, w2, w3, b1, b2, b3)
-    is_differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    if not (is_differentiated and runs_kernels(x.device, x.dtype, backend)):
+    if not runs_kernels(x.device, x.dtype, backend):
         return None
     if _autocasts(x.device):
         w1, w2 = w1.to(matmul_dtype(w1)), w2.to(matmul_dtype(w2))
         w3, b1, b2, b3 = (None if t is None else t.to(matmul_dtype(t)) for t in (w3, b1, b2, b3))
-        operands = (x, router_weight, bias, w1, w2, w3, b1, b2, b3)
     check_router_input(x, router_weight, bias, layout, num_active_experts)
     if x.shape[0] * num_active_experts > _MAX_SLOTS:
         _fail("x", f"at most {_MAX_SLOTS} slots", x.shape[0] * num_active_experts)
@@ -337,9 +334,13 @@ def moe_layer(
     exact = activation_memory == "exact"
     _check_kernels(x, backend, exact)
     from triton_moe.ops.moe_layer import moe_layer as run
+    from triton_moe.ops.moe_layer import moe_layer_inference
 
-    options = num_active_experts, router == "softmax", normalize_weights, aux_losses
-    return run(*operands, layout.widths, *options, activation, exact, not recompute, backend)
+    operands = (x, router_weight, bias, w1, w2, w3, b1, b2, b3)
+    options = layout.widths, num_active_experts, router == "softmax", normalize_weights, aux_losses, activation, exact
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
+        return moe_layer_inference(*operands, *options, backend)
+    return run(*operands, *options, not recompute, backend)
 
 
 def route(topk_ids: Tensor, layout: ExpertLayout, *, backend: str = "auto") -> Routing:

@@ -248,7 +248,7 @@ class MoEMLP(Experts, BiasBalanced):
             "normalize_weights": config.normalize_weights,
             "aux_losses": config.aux_losses,
         }
-        if self._is_one_operator and torch.is_grad_enabled():
+        if self._is_one_operator:
             both = moe_layer(tokens, router_weight, bias, *self._operands(), **options, **self._moe_mlp_options)
             if both is not None:
                 return both[0], RouterOutput(*both[1:10])

@@ -15,10 +15,39 @@ from triton_moe.ops.library import Operator, is_eager
 _OF_ROUTER = 4
 """Options that are the router's; the others are the experts'."""
 _WEIGHTS = "Tensor router_weight, Tensor? bias, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, Tensor? b3"
-_OPTIONS = (
+_OPTIONS_BUT_LAST = (
     "int[] widths, int num_active_experts, bool softmax, bool normalize_weights, bool aux_losses, str activation, "
-    "bool exact, bool keep_pre, str backend"
+    "bool exact, "
 )
+_OPTIONS = f"{_OPTIONS_BUT_LAST} bool keep_pre, str backend"
+
+
+@replayed
+def _inference(
+    x: Tensor, router_weight: Tensor, bias: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor | None,
+    b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> output, what the router returns."""
+    routed = router.forward(x, router_weight, bias, widths, *options[:_OF_ROUTER])
+    weights = w1, w2, w3, b1, b2, b3
+    return experts.inference(x, routed[0], routed[1], *weights, widths, *options[_OF_ROUTER:]), *routed
+
+
+def _inference_fake(
+    x: Tensor, router_weight: Tensor, bias: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor | None,
+    b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return x.new_empty(x.shape), *router.forward_fake(x, router_weight, bias, widths, *options[:_OF_ROUTER])
+
+
+moe_layer_inference = Operator(
+    f"moe_layer_inference(Tensor x, {_WEIGHTS}, {_OPTIONS_BUT_LAST} str backend) -> ("
+    + ", ".join(["Tensor"] * 10)
+    + ")",
+    _inference,
+    _inference_fake,
+)
+"""Arguments, checked: see the schema. -> output, the fields of a `RouterOutput`."""
 
 
 @replayed

@@ -37,10 +37,11 @@ def _output(
 
 
 @replayed
-def _inference(
+def inference(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None, b1: Tensor | None,
     b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], activation: str, exact: bool, backend: str,
 ) -> Tensor:  # fmt: skip
+    """-> output `(T, H)`."""
     layout = layout_of(tuple(widths))
     panels = hopper.takes(topk_ids.numel(), layout, backend, w1, b1, b2, b3)
     few = not panels and is_few(topk_ids.numel(), layout)
@@ -52,7 +53,7 @@ def _inference(
 _moe_mlp_inference = Operator(
     "moe_mlp_inference(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, "
     "Tensor? b2, Tensor? b3, int[] widths, str activation, bool exact, str backend) -> Tensor",
-    _inference,
+    inference,
     lambda x, *_: x.new_empty(x.shape),
 )
 
