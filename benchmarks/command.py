@@ -17,6 +17,7 @@ from cases import BenchCase, select, with_batch_sizes
 from contestants import CONTESTANTS
 from measure import LAUNCHES, Refusal, Row, exit_code, measure, profiled, table
 from results import append, folder, provenance, text
+from tables import rows_of
 from timing import ceilings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -80,13 +81,20 @@ class Run:
         print(", ".join(f"{name} {text(value)}" for name, value in found.items()), flush=True)
         return found
 
+    @property
+    def unfinished(self) -> Path:
+        """Rows that still want the profiler; it outlives the process only if that was killed."""
+        return self.folder / f"{self.benchmark}.unfinished"
+
     def time(self, case: BenchCase, what: Sequence[str], first: Row | None = None) -> Measured:
-        """Measure one case; `first` are its rows' first columns. Rows go to the files, but for those that still want
-        the profiler."""
+        """Measure one case; `first` are its rows' first columns. Rows go to the files, those that still want the
+        profiler to `unfinished`."""
         machine = self.machine
         rows, refusals = measure(case, self.contestants, self.dtype, self.device, what, quick=self.quick)
         rows = [(first or {}) | row for row in rows]
-        if "launches" not in what:
+        if "launches" in what:
+            append(self.unfinished, [row | dict.fromkeys(LAUNCHES) | machine for row in rows])
+        else:
             rows = [row | machine for row in rows]
             append(self.path, rows)
         self.keep(refusals)
@@ -107,7 +115,10 @@ class Run:
 
     def time_all(self, cases: Sequence[BenchCase], what: Sequence[str]) -> list[Measured]:
         """Measure cases one after the other. The profiler waits until all is timed; if the command is ended before, by
-        a signal too, the rows that there are go to the file without it."""
+        a signal too, the rows that there are go to the file without it: if it was killed, by the next one."""
+        if self.unfinished.exists():
+            append(self.path, rows_of(self.unfinished))
+            self.unfinished.unlink()
         measured: list[Measured] = []
         waiting: list[tuple[BenchCase, Row]] = []
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -122,6 +133,7 @@ class Run:
         finally:
             signal.signal(signal.SIGTERM, before)
             append(self.path, [row | dict.fromkeys(LAUNCHES) | self.machine for _, row in waiting])
+            self.unfinished.unlink(missing_ok=True)
         return measured
 
 

@@ -114,12 +114,13 @@ def machine(row: dict[str, str]) -> str:
 
 
 def machines(rows: Rows) -> str:
-    """Each GPU's, by its last row, with the commits of all of its rows."""
+    """Each GPU's, by its newest row, with the commits of all of its rows."""
     of_gpu: dict[str, Rows] = {}
     for row in rows:
         of_gpu.setdefault(row["gpu"], []).append(row)
     commits = {gpu: ", ".join(dict.fromkeys(row["commit"] for row in used)) for gpu, used in of_gpu.items()}
-    return "; ".join(machine({**used[-1], "commit": commits[gpu]}) for gpu, used in of_gpu.items())
+    newest_of = {gpu: max(used, key=lambda row: row["date"]) for gpu, used in of_gpu.items()}
+    return "; ".join(machine({**newest_of[gpu], "commit": commits[gpu]}) for gpu in of_gpu)
 
 
 def shape(row: dict[str, str]) -> str:
@@ -182,7 +183,8 @@ def against_reference(rows: Rows) -> list[Table]:
     caption = (
         f"The starting document's configurations beside the block-sparse reference on stk: forward / forward and "
         f"backward in ms, {SPREAD}, bf16; it reported {CLAIMED_SPEEDUPS} "
-        f"({machines([row for case in cases for row in case])}; `bench_moe.csv`)."
+        f"({machines([row for case in cases for row in case])}; in the last line's run a torch add took "
+        f"{cases[-1][0]['torch_add_us']} us of host time; `bench_moe.csv`)."
     )
     header = ("T, H, sizes, K, activation", "reference", "this project", "", "as CUDA graphs", "")
     return [Table(caption, header, body)]
@@ -203,8 +205,9 @@ def topology(rows: Rows) -> list[Table]:
     if not used:
         return []
     caption = (
-        f"What building the sparse topology takes of the reference's forward pass, each timed by itself in a loop, in "
-        f"ms; the starting document reported {CLAIMED_TOPOLOGY} ({machines(used)}; `bench_profile.csv`)."
+        f"What building the sparse topology, by our own PyTorch code, takes of the reference's forward pass, each "
+        f"timed by itself in a loop, in ms; the starting document reported {CLAIMED_TOPOLOGY} ({machines(used)}; "
+        f"`bench_profile.csv`)."
     )
     return [Table(caption, ("T, H, sizes, K, activation", "forward", "topology", "share"), body)]
 
@@ -327,16 +330,15 @@ def training(rows: Rows) -> list[Table]:
     return [Table(caption, header, body)]
 
 
-MUST_FAIL = {
-    "stk": "stk multiplies fp32 as tf32",
-    "block_sparse_historical": "block_sparse_historical has garbage for its experts' gradients",
-}
+MUST_FAIL = {"block_sparse_historical": "block_sparse_historical has garbage for its experts' gradients"}
 """What the gate refuses of the references that training is compared with, and why."""
+NO_LONGER_TRAINED = {"stk"}
+"""References of older rows: stk multiplies fp32 as tf32, and so did ours beside it."""
 
 
 def validation(rows: Rows) -> list[Table]:
     """A line a seed of the last run of each reference: this project and that trained side by side."""
-    names = dict.fromkeys(row["baseline"] for row in rows)
+    names = dict.fromkeys(row["baseline"] for row in rows if row["baseline"] not in NO_LONGER_TRAINED)
     rows = [row for name in names for row in newest([row for row in rows if row["baseline"] == name])]
     reasons = "".join(f"; {MUST_FAIL[name]}, and must fail" for name in names if name in MUST_FAIL)
     caption = (
@@ -382,6 +384,14 @@ def experiments(rows: Rows) -> list[Table]:
     return [Table(caption, header, body)]
 
 
+def refusals(rows: Rows) -> list[Table]:
+    """A line a contestant that crashed or was wrong, in the last run of each case and contestant that was refused."""
+    last = {(row["benchmark"], row["case"], row["contestant"]): row for row in rows}
+    caption = f"Contestants that crashed or were wrong, and so have no time ({machines(rows)}; `refused.csv`)."
+    columns = ("benchmark", "case", "contestant", "kind", "reason", "commit")
+    return [of_columns(caption, [*last.values()], dict(zip(columns, columns, strict=True)))]
+
+
 SECTIONS: tuple[tuple[str, Callable[[Rows], list[Table]]], ...] = (
     ("bench_moe.csv", against_reference),
     ("bench_profile.csv", topology),
@@ -394,6 +404,7 @@ SECTIONS: tuple[tuple[str, Callable[[Rows], list[Table]]], ...] = (
     ("validate_training.csv", validation),
     ("accuracy.csv", accuracy),
     ("stress.csv", stress),
+    ("refused.csv", refusals),
 )
 
 

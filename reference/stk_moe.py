@@ -8,6 +8,7 @@ installs stk. MegaBlocks is built on the machine that runs it; without it gather
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -34,9 +35,12 @@ def _import_stk() -> ModuleType:
 
 
 def _import_megablocks() -> ModuleType | None:
-    """MegaBlocks' operators; None if it is not installed, or installed without its extension."""
+    """MegaBlocks' operators; None if it is not installed, or installed without its extension. That it lacks another
+    library, as it warns, is of no account here."""
     try:
-        return importlib.import_module("megablocks.ops")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("megablocks.ops")
     except ImportError:
         return None
 

@@ -198,6 +198,12 @@ def test_intermediates_are_the_oracles(config: MoEConfig) -> None:
     pre = oracle.pre_activation(x, theirs.w1, theirs.w3, routing=routing)
     act = oracle.activation(pre, routing=routing, activation=config.activation)
     down = oracle.grouped_gemm_down(act, theirs.w2, routing=routing)
+    gate = [] if theirs.w3 is None else ["x_after_gate"]
+    assert list(stages) == [
+        *("router_logits", "router_scores", "top_k_weights", "selected_experts", "tokens_per_expert"),
+        *("padded_tokens_per_expert", "topology", "x_gathered", *gate, "x_after_up", "x_after_activation"),
+        *("x_after_down", "output"),
+    ]
     products = [stages[name] for name in ("x_after_gate", "x_after_up") if name in stages]
     assert len(products) == (1 if theirs.w3 is None else 2)
     torch.testing.assert_close(stages["router_logits"], x @ theirs.router.weight.t())

@@ -3,6 +3,9 @@
 import csv
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +16,9 @@ import bench_moe
 import command
 import page
 import pytest
+import timing
 import torch
+from tables import rows_of
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +42,60 @@ def test_a_command_keeps_how_long_it_took(tmp_path: Path, capsys: pytest.Capture
     assert (first["cores"], first["gpu"]) == (str(os.cpu_count()), "cpu")
     assert 0.5 * whole < float(first["seconds"]) <= 1.01 * whole
     assert re.search(r"/bench_moe\.csv, after \d+ s\.\n", capsys.readouterr().out)
+
+
+def test_contestants_take_turns() -> None:
+    """Each is warm before the first round, and in a round called once before it is timed."""
+    calls: list[str] = []
+    effort = timing.Effort(repeats=3, loop_seconds=1e-9)
+    of = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = timing.wall_times(of, torch.device("cpu"), effort)
+    warm_up = 2 * timing.WARM_UP
+    assert calls == [*"a" * warm_up, *"b" * warm_up, *"aabb" * effort.repeats]
+    assert times["a"].median > 0
+    assert times["a"].spread >= 0
+
+
+def test_memory_counts_what_is_saved() -> None:
+    """The product's other operand and the square's own; not the parameter."""
+    weight, x = torch.nn.Parameter(torch.ones(2**10, 2**9)), torch.ones(2**10, 2**10)
+    found = timing.memory(lambda: (x @ weight).square(), torch.ones(2**10, 2**9), [weight])
+    assert (found.saved, found.held, found.peak) == (4 + 2, None, None)
+
+
+PROGRAM = """
+import os
+import bench_moe, contestants, torch
+
+build = contestants.CONTESTANTS["torch_loop"]
+
+def fatal(config, state):
+    if len(config.layout.width_classes) > 1:
+        os.abort()
+    return build(config, state)
+
+contestants.CONTESTANTS["torch_loop"] = fatal
+torch.cuda.is_available = lambda: False
+bench_moe.main(["--quick", "--contestants", "dense_ceiling", "torch_loop", "--out", OUT])
+"""
+
+
+def test_a_contestant_that_kills_the_process_takes_no_rows_with_it(tmp_path: Path) -> None:
+    """Those of the cases before are in the file after the next command."""
+    paths = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", f"OUT = {str(tmp_path)!r}\n{PROGRAM}"],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGABRT
+    assert not (tmp_path / "bench_moe.csv").exists()
+    assert bench_moe.main(["--quick", "--contestants", "torch_loop", "--out", str(tmp_path)]) == 0
+    ran = [(row["case"], row["contestant"]) for row in rows_of(tmp_path / "bench_moe.csv")]
+    assert ran == [
+        ("quick_uniform", "dense_ceiling"), ("quick_uniform", "torch_loop"),
+        ("quick_uniform", "torch_loop"), ("quick_variable", "torch_loop"),
+    ]  # fmt: skip
+    assert not (tmp_path / "bench_moe.unfinished").exists()
 
 
 def test_each_measurement_alone_is_plotted(tmp_path: Path) -> None:

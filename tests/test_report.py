@@ -332,3 +332,12 @@ def test_a_plot_compares_one_run() -> None:
     (axes,) = figure.axes
     drawn = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in axes.get_lines()}
     assert drawn == {"ours": [3, 6], "theirs": [4]}
+
+
+def test_what_was_refused_is_told() -> None:
+    row = {"benchmark": "bench_moe", "case": "c", "kind": "crashed", "reason": "no such kernel", **MACHINE}
+    rows = [{**row, "contestant": name} for name in ("momoe", "scattermoe", "momoe")]
+    (table,) = tables.refusals(rows)
+    assert [(line[2], line[3], line[4]) for line in table.body] == [
+        ("momoe", "crashed", "no such kernel"), ("scattermoe", "crashed", "no such kernel")
+    ]  # fmt: skip
