@@ -48,13 +48,13 @@ for dtype, activation, widths, H, precision in (
         out = moe_mlp.moe_mlp(x, weights, ids, *operands, *given, layout, activation, "bounded", False, "auto")
         out.sum().backward()
     routed_weights, _, _, _, *losses, _, _ = router.route_tokens(
-        x, empty(len(widths), H), None, layout, 2, "softmax", True, True
+        x, empty(len(widths), H), None, layout, 2, "softmax", True, 2.5, True
     )
     (routed_weights.sum() + sum(losses)).backward()
     if activation == "gelu":  # the largest tiles of a router that multiplies
         layout = ExpertLayout((64,) * 128)
         for x16 in (empty(64, 256), empty(64, 256).half()):
-            routed_weights, *_ = router.route_tokens(x16, empty(128, 256), None, layout, 2, "softmax", True, True)
+            routed_weights, *_ = router.route_tokens(x16, empty(128, 256), None, layout, 2, "softmax", True, 1.0, True)
             routed_weights.sum().backward()
     odd_widths = False  # the building blocks read a caller's buffer exactly to the width
     building_blocks.gather(x, routing=routing).sum().backward()

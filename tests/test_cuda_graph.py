@@ -42,7 +42,9 @@ def clear(layer: MoEMLP, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("changes", [{}, {"load_balance": "sequence"}, {"groups": GroupLimit(7, 7, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"weights_scale": 2.5}, {"load_balance": "sequence"}, {"groups": GroupLimit(7, 7, 1)}], ids=str
+)
 def test_forward(changes: dict, backend: str) -> None:
     """Where PyTorch routes, too."""
     layer, x = make_layer(backend=backend, **changes), tokens(0)

@@ -88,14 +88,15 @@ def test_memory_options(exact: bool, keep_pre: bool, device: str) -> None:
 def test_route_tokens(softmax: bool, with_bias: bool, device: str) -> None:
     x, weight = normal(T, H, device=device), normal(E, H, device=device)
     bias = normal(E, device=device, requires_grad=False) if with_bias else None
-    opcheck(torch.ops.triton_moe.route_tokens.default, (x, weight, bias, LAYOUT.widths, K, softmax, True, with_bias))
+    options = (True, 2.5 if with_bias else 1.0, with_bias)
+    opcheck(torch.ops.triton_moe.route_tokens.default, (x, weight, bias, LAYOUT.widths, K, softmax, *options))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_moe_layer(activation: str, device: str) -> None:
     x, _, _, *weights, widths, _ = of_moe_mlp(activation, device, activation == "gelu")
     router, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
-    options = (K, activation == "gelu", True, True, activation, False, True, "auto")
+    options = (K, activation == "gelu", True, 2.5, True, activation, False, True, "auto")
     opcheck(torch.ops.triton_moe.moe_layer.default, (x, router, bias, *weights, widths, *options))
 
 
@@ -103,7 +104,7 @@ def test_moe_layer(activation: str, device: str) -> None:
 def test_moe_layer_inference(softmax: bool, device: str) -> None:
     x, _, _, *weights, widths, activation = of_moe_mlp("swiglu", device, softmax)
     router, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
-    options = (widths, K, softmax, True, True, activation, False, "auto")
+    options = (widths, K, softmax, True, 2.5, True, activation, False, "auto")
     with torch.no_grad():
         opcheck(torch.ops.triton_moe.moe_layer_inference.default, (x, router, bias, *weights, *options))
 
@@ -117,7 +118,7 @@ def differentiable(device: str, activation: str = "swiglu") -> dict[str, tuple]:
     _, weights, topk_ids, *_, b1, b2, b3, widths, _ = of_moe_mlp(activation, device, True)
     x, w1, w2, w3 = (transposed(*shape, device=device) for shape in ((T, H), (H, S), (S, H), (H, S)))
     w3 = w3 if is_gated(activation) else None
-    experts, router = (w1, w2, w3, b1, b2, b3, widths), (K, False, True, True)
+    experts, router = (w1, w2, w3, b1, b2, b3, widths), (K, False, True, 2.5, True)
     router_weight, bias = normal(E, H, device=device), normal(E, device=device, requires_grad=False)
     routing = functional.route(topk_ids, LAYOUT, backend="triton")
     apart = (topk_ids, routing.packed, widths)

@@ -123,7 +123,7 @@ def test_who_multiplies_makes_no_difference(
 ) -> None:
     """Neither to the choice nor to a gradient of x that the router's is added to."""
     layout, x, weight = strided(num_experts, hidden_size, half, device)
-    options = layout.widths, min(2, num_experts), False, True, True
+    options = layout.widths, min(2, num_experts), False, True, 1.0, True
     other_dx = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device, half)
 
     def ids_and_dx() -> tuple[Tensor, Tensor]:

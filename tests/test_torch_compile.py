@@ -83,7 +83,8 @@ def test_one_graph(dynamic: bool, changes: dict, device: str) -> None:
 
 
 @pytest.mark.parametrize("autocasts", [False, True])
-def test_one_operator_each_way(autocasts: bool, device: str) -> None:
+@pytest.mark.parametrize("changes", [{}, {"weights_scale": 2.5, "router": "softmax", "bias": True}], ids=str)
+def test_one_operator_each_way(changes: dict, autocasts: bool, device: str) -> None:
     """What graphs have of ours: the layer in the forward pass's, its gradients in the backward pass's, nothing else."""
     graphs: list[list[str]] = []
 
@@ -92,7 +93,7 @@ def test_one_operator_each_way(autocasts: bool, device: str) -> None:
         graphs.append([name for name in called if name.startswith("triton_moe.")])
         return make_boxed_func(graph.forward)
 
-    layer = layer_on(device)
+    layer = layer_on(device, **changes)
     backend = aot_autograd(fw_compiler=noted, bw_compiler=noted)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
 

@@ -308,6 +308,7 @@ def moe_layer(
     num_active_experts: int,
     router: str,
     normalize_weights: bool,
+    scale: float,
     aux_losses: bool,
     activation: str,
     backend: str = "auto",
@@ -337,7 +338,8 @@ def moe_layer(
     from triton_moe.ops.moe_layer import moe_layer_inference
 
     operands = (x, router_weight, bias, w1, w2, w3, b1, b2, b3)
-    options = layout.widths, num_active_experts, router == "softmax", normalize_weights, aux_losses, activation, exact
+    choice = router == "softmax", normalize_weights, float(scale)
+    options = layout.widths, num_active_experts, *choice, aux_losses, activation, exact
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
         return moe_layer_inference(*operands, *options, backend)
     return run(*operands, *options, not recompute, backend)

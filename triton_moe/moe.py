@@ -179,8 +179,7 @@ class MoEMLP(Experts, BiasBalanced):
         self.shared = DenseMLP(H, width, activation, device=device, dtype=dtype) if width else None
         self._register_expert_bias(config.balancing, layout.num_experts, device)
         self._is_one_operator = (
-            config.weights_scale == 1
-            and config.load_balance == "batch"
+            config.load_balance == "batch"
             and is_fused(layout, config.groups, None)
             and super().forward.__func__ is Experts.forward  # and not a subclass's own experts
         )
@@ -246,6 +245,7 @@ class MoEMLP(Experts, BiasBalanced):
             "num_active_experts": config.num_active_experts,
             "router": config.router,
             "normalize_weights": config.normalize_weights,
+            "scale": config.weights_scale,
             "aux_losses": config.aux_losses,
         }
         if self._is_one_operator:
@@ -253,8 +253,7 @@ class MoEMLP(Experts, BiasBalanced):
             if both is not None:
                 return both[0], RouterOutput(*both[1:10])
         sequence = sequence_length if config.load_balance == "sequence" else None
-        groups, scale = config.groups, config.weights_scale
-        options |= {"scale": scale, "groups": groups, "sequence_length": sequence, "backend": config.backend}
+        options |= {"groups": config.groups, "sequence_length": sequence, "backend": config.backend}
         routed = route_tokens(tokens, router_weight, bias, **options)
         return super().forward(tokens, routed.topk_weights, routed.topk_ids), routed
 

@@ -189,7 +189,7 @@ def choose_experts(
 
 def _route_tokens(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: ExpertLayout, num_active_experts: int, router: str,
-    normalize_weights: bool, aux_losses: bool, scale: float, groups: GroupLimit | None, sequence_length: int | None,
+    normalize_weights: bool, scale: float, aux_losses: bool, groups: GroupLimit | None, sequence_length: int | None,
 ) -> RouterOutput:  # fmt: skip
     """`route_tokens` in PyTorch's operators."""
     logits, probs, topk_weights, topk_ids = choose_experts(
@@ -260,10 +260,9 @@ def route_tokens(
         raise ValueError(f"sequence_length: expected a divisor of T = {x.shape[0]}, got {sequence_length}")
     if groups is not None:
         groups.check(layout.num_experts, num_active_experts)
-    options = (layout, num_active_experts, router, normalize_weights, aux_losses)
+    options = layout, num_active_experts, router, normalize_weights, scale, aux_losses
     if not (runs_kernels(x.device, x.dtype, backend) and is_fused(layout, groups, sequence_length)):
-        return _route_tokens(x, weight, bias, *options, scale, groups, sequence_length)
+        return _route_tokens(x, weight, bias, *options, groups, sequence_length)
     from triton_moe.ops.router import route_tokens as run
 
-    routed = RouterOutput(*run(x, weight, bias, *options))
-    return routed if scale == 1 else routed._replace(topk_weights=routed.topk_weights * scale)
+    return RouterOutput(*run(x, weight, bias, *options))

@@ -120,7 +120,8 @@ def selection_keys(score, experts, NUM_EXPERTS: tl.constexpr):
 def router_fwd_kernel(
     topk_weights, topk_ids, partials, bias, logits, x, weight, H, stride_xt, stride_we, num_tokens, span,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RANKS: tl.constexpr, SOFTMAX: tl.constexpr,
-    NORMALIZE: tl.constexpr, AUX: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
+    NORMALIZE: tl.constexpr, WEIGHTS_SCALE: tl.constexpr, AUX: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """partials[p] = sums over the p-th span of tokens: choices (E), scores (E), z-loss, logits; largest |logit|."""
     experts, ranks = tl.arange(0, EXPERTS), tl.arange(0, RANKS)
@@ -152,6 +153,7 @@ def router_fwd_kernel(
             weights = tl.where((ranks == k)[None, :], of_best[:, None], weights)
         if NORMALIZE:
             weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
+        weights = weights * WEIGHTS_SCALE
         places = tokens.to(tl.int64)[:, None] * TOP_K + ranks[None, :]
         mask = (tokens < end)[:, None] & (ranks < TOP_K)[None, :]
         tl.store(topk_ids + places, ids, mask=mask)
@@ -213,7 +215,8 @@ def router_finish_kernel(
 def router_bwd_kernel(
     topk_ids, dweights, dz_loss, dbalance, dcompute, balance_scale, compute_scale, load, dlogits, dx, other_dx, logits,
     x, weight, H, stride_xt, stride_we, num_tokens, span, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
+    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTS_SCALE: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dlogits from the gradients of the weights and of the three losses, any of them None; dx from these unless that is
     None."""
@@ -251,6 +254,7 @@ def router_bwd_kernel(
                 dscore = tl.load(dweights + places + k, mask=inside, other=0).to(tl.float32)
                 if NORMALIZE:
                     dscore = (dscore - weighted) / total
+                dscore = dscore * WEIGHTS_SCALE
                 dprobs += tl.where(experts[None, :] == expert[:, None], dscore[:, None], 0.0)
         if SOFTMAX:
             dz = probs * (dprobs - tl.sum(tl.where(real[None, :], dprobs * probs, 0.0), 1)[:, None])
@@ -264,6 +268,17 @@ def router_bwd_kernel(
         tl.store(dlogits + places, dz, mask=inside[:, None] & real[None, :])
         if dx is not None:
             store_dx(dx, other_dx, dz, weight, tokens, experts, end, H, stride_we, NUM_EXPERTS, BLOCK_H)
+
+
+class RouterOptions(NamedTuple):
+    """What of a router is known before any token comes."""
+
+    layout: ExpertLayout
+    num_active_experts: int
+    softmax: bool
+    normalize_weights: bool
+    weights_scale: float
+    aux_losses: bool
 
 
 class _Launchers(NamedTuple):
@@ -281,9 +296,8 @@ class _Launchers(NamedTuple):
 
 
 @functools.cache  # for good: a captured graph keeps the tables' addresses
-def _launchers(
-    layout: ExpertLayout, top_k: int, softmax: bool, normalize: bool, aux: bool, multiply: bool, device: torch.device
-) -> _Launchers:
+def _launchers(options: RouterOptions, multiply: bool, device: torch.device) -> _Launchers:
+    layout, top_k, softmax, normalize, weights_scale, aux = options
     num_experts = layout.num_experts
     experts = triton.next_power_of_2(num_experts)
     tile: dict[str, int] = {"TOKENS": max(1, min(32, _TILE // experts)), "BLOCK_H": 1}
@@ -293,7 +307,7 @@ def _launchers(
         tile = {"TOKENS": 64 if experts <= 64 else 32, "BLOCK_H": 64, "num_warps": 4 if experts <= 64 else 8}
         backward = tile | {"BLOCK_H": 128, "num_stages": 2}
     shared = {"NUM_EXPERTS": num_experts, "EXPERTS": experts, "TOP_K": top_k}
-    choice = {"SOFTMAX": softmax, "NORMALIZE": normalize}
+    choice = {"SOFTMAX": softmax, "NORMALIZE": normalize, "WEIGHTS_SCALE": weights_scale}
     num_classes = sum(len(members) > 1 for members in layout.width_classes.values())
     scales = (
         [rivals / max(num_classes, 1) for rivals in layout.num_rivals],
@@ -309,16 +323,6 @@ def _launchers(
         experts,
         tile["TOKENS"],
     )
-
-
-class RouterOptions(NamedTuple):
-    """What of a router is known before any token comes."""
-
-    layout: ExpertLayout
-    num_active_experts: int
-    softmax: bool
-    normalize_weights: bool
-    aux_losses: bool
 
 
 def _spans(num_tokens: int, tokens: int) -> tuple[int, int]:
@@ -350,7 +354,7 @@ def router_fwd(
     logits: `x @ weight^T (T, E)` fp32, or None where the kernels multiply. Weights and f are of x's dtype.
     """
     num_tokens, num_experts, top_k = x.shape[0], weight.shape[0], options.num_active_experts
-    launchers = _launchers(*options, logits is None, x.device)
+    launchers = _launchers(options, logits is None, x.device)
     num_programs, span = _spans(num_tokens, launchers.tokens)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     topk_weights = x.new_empty(num_tokens, top_k)
@@ -378,7 +382,7 @@ def router_bwd(
     from these, plus other_dx unless that is None, which may be dx itself.
     """
     num_tokens = x.shape[0]
-    launchers = _launchers(*options, logits is None, x.device)
+    launchers = _launchers(options, logits is None, x.device)
     num_programs, span = _spans(num_tokens, launchers.tokens)
     dlogits = torch.empty(num_tokens, weight.shape[0], dtype=dtype, device=x.device)
     dweights = None if dweights is None else dweights.contiguous()

@@ -12,12 +12,12 @@ from triton_moe.ops import moe_mlp as experts
 from triton_moe.ops import router
 from triton_moe.ops.library import Operator, is_eager
 
-_OF_ROUTER = 4
+_OF_ROUTER = 5
 """Options that are the router's; the others are the experts'."""
 _WEIGHTS = "Tensor router_weight, Tensor? bias, Tensor w1, Tensor w2, Tensor? w3, Tensor? b1, Tensor? b2, Tensor? b3"
 _OPTIONS_BUT_LAST = (
-    "int[] widths, int num_active_experts, bool softmax, bool normalize_weights, bool aux_losses, str activation, "
-    "bool exact, "
+    "int[] widths, int num_active_experts, bool softmax, bool normalize_weights, float weights_scale, "
+    "bool aux_losses, str activation, bool exact, "
 )
 _OPTIONS = f"{_OPTIONS_BUT_LAST} bool keep_pre, str backend"
 
@@ -152,7 +152,7 @@ def _backward(ctx: Any, dout: Tensor | None, *dothers: Tensor | None) -> tuple[T
     if dout is None:
         need_weights = [False] * len(need_weights)
         if all(dloss is None for dloss in dlosses):
-            return (None,) * 18
+            return (None,) * 19
     consume_pre = is_eager(ctx) and dout is not None
     options = *router, activation, exact, keep_pre and not ctx.consumed, backend
     ctx.consumed |= consume_pre
@@ -160,7 +160,7 @@ def _backward(ctx: Any, dout: Tensor | None, *dothers: Tensor | None) -> tuple[T
     operands = dout, *dlosses, *ctx.saved_tensors
     grads = iter(_moe_layer_backward(*operands, needs, ctx.widths, *options, consume_pre=consume_pre))
     dx, drouter, *dweights = (next(grads) if needed else None for needed in needs)
-    return dx, drouter, None, *dweights, *(None,) * 9
+    return dx, drouter, None, *dweights, *(None,) * 10
 
 
 moe_layer = Operator(

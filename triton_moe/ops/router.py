@@ -17,12 +17,14 @@ from triton_moe.kernels.router import RouterOptions, multiplies, router_bwd, rou
 from triton_moe.layout import ExpertLayout
 from triton_moe.ops.library import Operator, layout_of
 
-_OPTIONS = "int[] widths, int num_active_experts, bool softmax, bool normalize_weights, bool aux_losses"
+_OPTIONS = (
+    "int[] widths, int num_active_experts, bool softmax, bool normalize_weights, float weights_scale, bool aux_losses"
+)
 
 
 @functools.lru_cache(maxsize=256)
-def _options(widths: tuple[int, ...], num_active_experts: int, *flags: bool) -> RouterOptions:
-    return RouterOptions(layout_of(widths), num_active_experts, *flags)
+def _options(widths: tuple[int, ...], num_active_experts: int, *options: Any) -> RouterOptions:
+    return RouterOptions(layout_of(widths), num_active_experts, *options)
 
 
 def _out_of_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,14 +56,14 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor | None:
 @replayed
 @_out_of_autocast
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *options: Any
 ) -> tuple[Tensor, ...]:
     """-> what `router_fwd` returns."""
-    return router_fwd(_logits(x, weight), x, weight, bias, _options(tuple(widths), num_active_experts, *flags))
+    return router_fwd(_logits(x, weight), x, weight, bias, _options(tuple(widths), num_active_experts, *options))
 
 
 def forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *flags: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], num_active_experts: int, *options: Any
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts, fp32 = x.shape[0], len(widths), torch.float32
     return (
@@ -88,10 +90,10 @@ def _dx_onto(dx: Tensor | None, dlogits: Tensor, weight: Tensor, dtype: torch.dt
 def gradients_onto(
     dx: Tensor | None, x: Tensor, weight: Tensor, topk_ids: Tensor, load: Tensor, dweights: Tensor | None,
     dz_loss: Tensor | None, dbalance: Tensor | None, dcompute: Tensor | None, needs: Sequence[bool],
-    widths: Sequence[int], num_active_experts: int, *flags: bool,
+    widths: Sequence[int], num_active_experts: int, *options: Any,
 ) -> list[Tensor]:  # fmt: skip
     """-> those of dx and dweight that are needed; where there is a dx already, what is needed of it is added to it."""
-    options = _options(tuple(widths), num_active_experts, *flags)
+    options = _options(tuple(widths), num_active_experts, *options)
     # The losses' share of a logit's gradient goes like 1 / T, and float16 would lose it.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     need_x, need_weight = needs
@@ -136,7 +138,7 @@ def _backward(ctx, dweights, _dids, _df, _dload, dz_loss, dbalance, dcompute, *_
     needs, aux_losses = ctx.needs_input_grad[:2], ctx.options[-1]
     dlosses = (dz_loss, dbalance, dcompute) if aux_losses else (None,) * 3
     grads = iter(_route_tokens_backward(*ctx.saved_tensors, dweights, *dlosses, needs, *ctx.options))
-    return *(next(grads) if needed else None for needed in needs), *(None,) * 6
+    return *(next(grads) if needed else None for needed in needs), *(None,) * 7
 
 
 _route_tokens = Operator(
@@ -151,8 +153,8 @@ _route_tokens = Operator(
 
 def route_tokens(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: ExpertLayout, num_active_experts: int, router: str,
-    normalize_weights: bool, aux_losses: bool,
+    normalize_weights: bool, weights_scale: float, aux_losses: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`triton_moe.router.route_tokens` on checked arguments: the fields of its result."""
-    softmax = router == "softmax"
-    return _route_tokens(x, weight, bias, layout.widths, num_active_experts, softmax, normalize_weights, aux_losses)
+    choice = router == "softmax", normalize_weights, float(weights_scale)
+    return _route_tokens(x, weight, bias, layout.widths, num_active_experts, *choice, aux_losses)
