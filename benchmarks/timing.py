@@ -160,7 +160,8 @@ def launches(call: Call, calls: int = 5) -> Launches:
     """Profile a warm call on CUDA. The profiler may slow launches for the rest of the process: time before."""
     call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # without it it warns
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
