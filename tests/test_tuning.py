@@ -118,6 +118,28 @@ def test_decodings_products_are_those_of_training(kernel: str, device: str) -> N
     assert products.disagreement(made, expected) < products.TOLERANCE
 
 
+@pytest.mark.usefixtures("fresh_table")
+@pytest.mark.parametrize(("of_another", "stays"), [(0.995, True), (0.98, False)])
+def test_the_fastest_in_turns(of_another: float, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one in force stays if another is as fast but for chance; what the search found slow runs no more."""
+    device, dtype = torch.device("cpu"), torch.float32
+    before, another, slow = (TileConfig(64, 32, 4, stages) for stages in (2, 3, 4))
+    tuning.configure("up", (8, 0), before)
+    timed = []
+
+    def milliseconds(_: products.Product) -> float:
+        timed.append(tuning.tuned("up", (8, 0), TileConfig))
+        clock = (len(timed) + 1) // 2  # slower from round to round
+        return clock * {before: 1.0, another: of_another}[timed[-1]]
+
+    monkeypatch.setattr(tune, "_milliseconds", milliseconds)
+    found: dict[TileConfig | PipelineConfig, float] = {before: 1.5, another: 1.4, slow: 1.6}
+    best, _ = tune.best_of("up", "up", SHAPE, dtype, device, found)
+    assert timed == [before, another] * (len(timed) // 2) != []
+    assert tuning.tuned("up", (8, 0), TileConfig) == before
+    assert best == (before if stays else another)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_table")
 @pytest.mark.parametrize("kernel", ["decode_up_gated", "decode_down"])
@@ -154,4 +176,9 @@ def test_search(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first > 0
     assert small > 0
     assert impossible is None
+    best, milliseconds = tune.best_of(
+        kernel, product, SHAPE, torch.bfloat16, device, {config: ms for config, ms in times.items() if ms}
+    )
+    assert times[best] is not None
+    assert milliseconds > 0
     assert tuning.table()[f"{major}.{minor}", kernel] == before

@@ -263,6 +263,10 @@ def sample(
     console.print(f"\n{tokens} bytes in {seconds:.1f} s, {tokens / seconds:,.0f} a second", highlight=False)
 
 
+def _assignments(values: dict[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
 @app.command()
 def tune(
     out: Annotated[Path, typer.Option(help="The table to write rows into.")] = Path("tuning.json"),
@@ -290,12 +294,13 @@ def tune(
         found = {}
         for config, milliseconds in tune.search(name, known[name], shape, dtype, device):
             shown = "does not fit" if milliseconds is None else f"{milliseconds:.4f} ms"
-            console.print(f"{name} {' '.join(f'{key}={value}' for key, value in config._asdict().items())}: {shown}")
+            console.print(f"{name} {_assignments(config._asdict())}: {shown}")
             if milliseconds is not None:
                 found[config] = milliseconds
         if found:
-            best = min(found, key=found.__getitem__)
-            tune.write_row(out, name, best, found[best], shape, device)
+            best, milliseconds = tune.best_of(name, known[name], shape, dtype, device, found)
+            console.print(f"{name} {_assignments(best._asdict())}: fastest in turns, {milliseconds:.4f} ms")
+            tune.write_row(out, name, best, milliseconds, shape, device)
     console.print(f"Rows are in {out}; TRITON_MOE_TUNING={out} puts them to use.")
 
 
