@@ -1,13 +1,14 @@
 """docs/coming_from.md: each block of ours runs, and what it converts computes what the other library would."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from triton_moe import ExpertLayout, Experts
 
@@ -104,7 +105,10 @@ def test_stacked(x: Tensor) -> None:
     gate_up_proj, down_proj = randn(E, 2 * I, H), randn(E, H, I)
     weights, ids = torch.rand(T, E).topk(K)
     names = {"x": x, "weights": weights, "ids": ids, "ExpertLayout": ExpertLayout, "Experts": Experts}
-    found = run("Hugging Face's stacked experts", gate_up_proj=gate_up_proj, down_proj=down_proj, **names)
+    block: Any = nn.Module()
+    given = {"gate_up_proj": gate_up_proj, "down_proj": down_proj, "block": block}
+    found = run("Hugging Face's stacked experts", **given, **names)
+    assert torch.equal(block.experts(x, ids, weights), found["experts"](x, weights, ids))
     gate, up = (x @ gate_up_proj.mT).chunk(2, dim=-1)
     hidden = F.silu(gate) * up
     close(found["experts"](x, weights, ids).detach(), mixed(x, weights, ids, hidden @ down_proj.mT))
@@ -119,10 +123,26 @@ def test_training_loop(x: Tensor) -> None:
     assert found["model"].expert_bias.any()
 
 
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support on cpu")
+def test_several_gpus(x: Tensor) -> None:
+    model = run("Several GPUs", batches=[x] * 5, device="cpu")["model"]
+    for layer in model:
+        assert layer.expert_bias.any()
+        assert 20 < layer.w2.full_tensor().norm() < 25  # sqrt(8 experts * H)
+
+
 def test_every_section_is_run() -> None:
     """And has blocks; what is not ours is marked."""
     counts = {title: len(blocks) for title, blocks in sections().items()}
-    assert list(counts.values()) == [2, 2, 2, 2, 1]
+    assert list(counts.values()) == [2, 2, 2, 3, 1, 1]
     assert all(
         line in ("```", "```python", "```python theirs") for line in re.findall("^```.*$", DOCUMENT.read_text(), re.M)
     )

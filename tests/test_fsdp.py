@@ -1,5 +1,7 @@
 """Layers under FSDP, whose parameters have other memory at every step: two processes on two GPUs, or on the CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,27 +50,57 @@ def trained(layers: nn.Module, ranks: tuple[int, ...]) -> list[Tensor]:
     return [p.full_tensor() if isinstance(p, DTensor) else p for p in layers.parameters()]
 
 
-def work(rank: int, folder: str) -> None:
-    """One process: train its shard, and leave the whole parameters behind."""
+@contextmanager
+def process_group(rank: int, folder: str) -> Iterator[None]:
     if HAS_GPU:
         torch.cuda.set_device(rank)
     torch.set_num_threads(1)
     backend, store = "nccl" if HAS_GPU else "gloo", f"file://{folder}/store"
     distributed.init_process_group(backend, init_method=store, rank=rank, world_size=WORLD)
-    sharded = model()
-    for block in sharded:
-        fully_shard(block, reshard_after_forward=True)
-    fully_shard(sharded)
-    parameters = trained(sharded, (rank,))
-    if rank == 0:
-        torch.save([p.detach().cpu() for p in parameters], f"{folder}/parameters.pt")
+    yield
     distributed.destroy_process_group()
+
+
+def shard(layers: nn.Sequential) -> nn.Sequential:
+    for block in layers:
+        fully_shard(block, reshard_after_forward=True)
+    fully_shard(layers)
+    return layers
+
+
+def train_shard(rank: int, folder: str) -> None:
+    """One process: train its shard, and leave the whole parameters behind."""
+    with process_group(rank, folder):
+        parameters = trained(shard(model()), (rank,))
+        if rank == 0:
+            torch.save([p.detach().cpu() for p in parameters], f"{folder}/parameters.pt")
+
+
+def make_real(rank: int, folder: str) -> None:
+    """One process: shard a model that has no memory, give it some, draw it, and leave the parameters behind."""
+    with process_group(rank, folder):
+        with torch.device("meta"):
+            layers = nn.Sequential(Block(), Block())
+        shard(layers).to_empty(device=DEVICE)
+        for parameter in layers.parameters():
+            nn.init.constant_(parameter, torch.nan)
+        torch.manual_seed(0)
+        for block in layers:
+            assert isinstance(block, Block)
+            block.moe.reset_parameters()
+        layout, weights = block.moe.layout, dict(block.moe.named_parameters())
+        assert len(layout.split(weights["w1"], dim=1)) == layout.num_experts
+        with pytest.raises(ValueError, match=r"^packed: expected a tensor that is whole along dim 0, got \(Shard"):
+            layout.split(weights["w2"], dim=0)
+        whole = {name: p.full_tensor().detach().cpu() for name, p in weights.items() if isinstance(p, DTensor)}
+        if rank == 0:
+            torch.save(whole, f"{folder}/parameters.pt")
 
 
 @pytest.mark.skipif(HAS_GPU and torch.cuda.device_count() < WORLD, reason="needs two CUDA devices")
 def test_sharded_training_is_training(tmp_path: Path) -> None:
     """Two processes, each with half of every parameter and of the batch, end where one with all of both does."""
-    mp.spawn(work, (str(tmp_path),), nprocs=WORLD)  # type: ignore[attr-defined]
+    mp.spawn(train_shard, (str(tmp_path),), nprocs=WORLD)  # type: ignore[attr-defined]
     sharded = torch.load(tmp_path / "parameters.pt")
     whole = trained(model(), tuple(range(WORLD)))
     before = list(model().parameters())
@@ -77,3 +109,15 @@ def test_sharded_training_is_training(tmp_path: Path) -> None:
         moved = (theirs - start).cpu()
         assert moved.norm() > 0
         assert (ours - theirs.cpu()).norm() < 1e-3 * moved.norm()
+
+
+@pytest.mark.skipif(HAS_GPU and torch.cuda.device_count() < WORLD, reason="needs two CUDA devices")
+def test_a_sharded_model_becomes_real(tmp_path: Path) -> None:
+    """Each expert's weights are drawn with the std of a layer that was never sharded."""
+    mp.spawn(make_real, (str(tmp_path),), nprocs=WORLD)  # type: ignore[attr-defined]
+    weights, layout = torch.load(tmp_path / "parameters.pt"), Block().moe.layout
+    assert sorted(weights) == ["router.weight", "w1", "w2", "w3"]
+    for name in ("router.weight", "w1", "w3"):
+        assert abs(weights[name].std() * H**0.5 - 1) < 0.2
+    for width, part in zip(layout.widths, layout.split(weights["w2"], dim=0), strict=True):
+        assert abs(part.std() * width**0.5 - 1) < 0.2

@@ -80,9 +80,9 @@ class Experts(nn.Module):
         for value in (self.b1, self.b2, self.b3):
             if value is not None:
                 value.zero_()
-        for e, width in enumerate(self.layout.widths):
-            if width:
-                self.w2[self.layout.columns(e)].normal_(std=width**-0.5)
+        layout = self.layout
+        scale = torch.tensor([width**-0.5 for width in layout.widths for _ in range(width)], device=self.w2.device)
+        self.w2.normal_().mul_(_sharded_as(self.w2, scale[:, None].to(self.w2.dtype)))
 
     def reset_parameters(self) -> None:
         """PyTorch's name for `init_params`."""
@@ -145,6 +145,15 @@ def _register_weights(
     module.register_parameter("w1", empty(hidden_size, width))
     module.register_parameter("w2", empty(width, hidden_size))
     module.register_parameter("w3", empty(hidden_size, width) if is_gated(activation) else None)
+
+
+def _sharded_as(parameter: Any, value: Tensor) -> Tensor:
+    """The value itself, or as parameters are under FSDP: a part of one, taken by its index, would be a copy there."""
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # seconds that others need not wait for
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _init_up(module: Experts | DenseMLP) -> None:

@@ -134,10 +134,13 @@ class ExpertLayout:
         """Each expert's matrix as a view of packed weights (or their gradient): w1 and w3 along dim 1, w2 along dim 0.
 
         For optimizers that work on matrices, as Muon does: on the packed weights it would mix the experts. Raises
-        ValueError if the dimension is not S long.
+        ValueError if the dimension is not S long, or is sharded (as FSDP does dim 0), for the parts would be copies.
         """
         if not -packed.dim() <= dim < packed.dim() or packed.shape[dim] != self.total_width:
             raise ValueError(f"packed: expected {self.total_width} along dim {dim}, got shape {tuple(packed.shape)}")
+        placements = getattr(packed, "placements", ())
+        if any(placement.is_shard(dim % packed.dim()) for placement in placements):
+            raise ValueError(f"packed: expected a tensor that is whole along dim {dim}, got {placements}")
         return packed.split(self.widths, dim)
 
 
