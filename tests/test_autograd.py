@@ -177,6 +177,36 @@ def test_frozen_experts_cost_no_weight_gradients(device: str, monkeypatch: pytes
             assert torch.equal(grad, expected[name]) if name in (*names, "x", "router") else grad is None, name
 
 
+def test_memory_that_a_hook_shares_out_is_left_alone(device: str) -> None:
+    """Hooks on saved tensors may keep all in one buffer: nothing else in it is freed or written over."""
+    buffer, used = torch.zeros(2**18, device=device), 0
+
+    def pack(tensor: Tensor) -> Any:
+        nonlocal used
+        if tensor.dtype != buffer.dtype:
+            return tensor
+        start, used = used, used + tensor.numel()
+        buffer[start:used] = tensor.detach().flatten()
+        return start, tensor.shape
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        start, shape = packed
+        return buffer[start : start + shape.numel()].view(shape)
+
+    layer, x = layer_on(device), torch.randn(40, 32, device=device)
+    expected = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        out, neighbour = layer(x)[0], torch.ones(3, device=device, requires_grad=True)
+        other = neighbour.square().sum()
+    kept = buffer.clone()
+    grads = torch.autograd.grad(out.sum(), list(layer.parameters()))
+    assert all(torch.equal(grad, right) for grad, right in zip(grads, expected, strict=True))
+    assert torch.equal(buffer, kept)
+    assert torch.equal(torch.autograd.grad(other, neighbour)[0], torch.full((3,), 2.0, device=device))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_makes_no_pre_activation_and_training_may_follow(
     mode: Any, device: str, monkeypatch: pytest.MonkeyPatch

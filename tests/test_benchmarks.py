@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -355,6 +356,14 @@ def test_kernels_off_get_no_time() -> None:
     )
     assert products.disagreement(right, right) == 0
     assert products.disagreement(wrong, right) > products.TOLERANCE
+
+
+def test_nan_in_any_output_is_a_disagreement() -> None:
+    right, wrong = (
+        products.Product(lambda: None, lambda last=last: [torch.ones(4), torch.full((4,), last)], 1, 8)
+        for last in (1.0, math.nan)
+    )
+    assert math.isnan(products.disagreement(wrong, right))
 
 
 def test_roofline(tmp_path: Path) -> None:

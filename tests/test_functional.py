@@ -66,6 +66,14 @@ BAD = [
 ]
 
 
+def test_addresses_that_int32_cannot_hold_are_refused() -> None:
+    far_apart = torch.empty(3, 2**24)[:, :6]
+    with pytest.raises(ValueError, match=r"^w1: expected strides of at most 16777215, got \(16777216, 1\)"):
+        moe_mlp(**arguments(w1=far_apart))
+    with pytest.raises(ValueError, match=r"^topk_ids: expected at most 1073741824 slots, got 1073741825"):
+        route(torch.zeros(1, 1, dtype=torch.int32).expand(2**30 + 1, 1), arguments()["layout"])
+
+
 @pytest.mark.parametrize(("name", "changes", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
 def test_bad_input_is_named(name: str, changes: dict, message: str) -> None:
     moe_mlp(**arguments())

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from operators import check_operator, inputs_for, routings, unit
-from triton_moe import functional
+from triton_moe import ExpertLayout, functional
+from triton_moe.functional import route, scatter_autograd
+from triton_moe.ops import building_blocks
 from triton_moe.testing import CASES, Case
 
 
@@ -19,6 +21,26 @@ def test_weights_in_the_dtype_of_x(device: str, dtype: torch.dtype) -> None:
     inputs = inputs_for(CASES[-1], dtype, device, weights_dtype=dtype)
     y = unit((inputs.topk_ids.numel(), inputs.x.shape[1]), inputs.x, seed=2)
     check_operator("scatter", [y, inputs.topk_weights], inputs.dout, inputs)
+
+
+@pytest.mark.parametrize(("needed", "launched"), [("y", ["gather_fwd"]), ("weights", ["scatter_bwd_weights"])])
+def test_only_the_gradient_asked_for_is_computed(
+    needed: str, launched: list[str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    for name in ("gather_fwd", "scatter_bwd_weights"):
+        function = getattr(building_blocks, name)
+        monkeypatch.setattr(
+            building_blocks, name, lambda *args, name=name, f=function: (called.append(name), f(*args))[1]
+        )
+    layout, ids = ExpertLayout((16, 24)), torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device)
+    y = torch.randn(3, 16, device=device, requires_grad=needed == "y")
+    weights = torch.rand(3, 1, device=device, requires_grad=needed == "weights")
+    scatter_autograd(y, weights, routing=route(ids, layout, backend="triton")).sum().backward()
+    assert called == launched
+    leaf = y if needed == "y" else weights
+    assert leaf.grad is not None
+    assert leaf.grad.any()
 
 
 def test_rows_without_a_slot_are_never_read(device: str) -> None:

@@ -68,6 +68,42 @@ def test_no_table(text: str, tmp_path: Path) -> None:
         tuning.read_table(tmp_path / "missing.json")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capability": "9"}, "a capability such as 9.0, or any, got '9'"),
+        ({"kernel": "hopper_upp"}, "a kernel of the packaged table, got 'hopper_upp'"),
+        ({"config": PipelineConfig(4, 72, 240)._asdict()}, "at most 64512 registers for hopper_up, got 70656"),
+    ],
+)
+def test_rows_that_would_do_nothing_or_never_end(changes: dict, message: str, tmp_path: Path) -> None:
+    path, good = tmp_path / "table.json", row("hopper_up", PipelineConfig(4, 56, 224))
+    path.write_text(json.dumps([good]))
+    assert list(tuning.read_table(path)) == [("9.0", "hopper_up")]
+    path.write_text(json.dumps([good | changes]))
+    with pytest.raises(ValueError, match=f"expected {message}"):
+        tuning.read_table(path)
+
+
+@pytest.mark.usefixtures("fresh_table")
+def test_what_a_configuration_leaves_out_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the one before it has filled the same memory right."""
+    lazy, memory = TileConfig(128, 32, 8, 3), torch.zeros(4)
+    before = tuning.tuned("up", (8, 0), TileConfig)
+
+    def call() -> None:
+        if tuning.tuned("up", (8, 0), TileConfig) != lazy:
+            memory.fill_(1)
+
+    made = products.Product(call, lambda: [memory], 1, 4)
+    expected = products.Product(lambda: None, lambda: [torch.ones(4)], 1, 4)
+    monkeypatch.setattr(tune, "products", lambda _, backend, *args: {"up": made if args[2:] else expected})
+    monkeypatch.setattr(tune, "TILES", (lazy,))
+    monkeypatch.setattr(tune, "_milliseconds", lambda _: 1.0)
+    found = dict(tune.search("up", "up", SHAPE, torch.float32, torch.device("cpu")))
+    assert found == {before: 1.0, lazy: None}
+
+
 def test_a_new_row_takes_the_old_ones_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")

@@ -24,8 +24,10 @@ BACKENDS = ("auto", "hopper", "triton", "torch")
 ACTIVATION_MEMORY = ("bounded", "exact")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)
-_MAX_SLOTS = 2**31 - 2**24
-"""Numbered in int32, with room for the end of the last program's span."""
+_MAX_SLOTS = 2**30
+"""Numbered in int32, with room for what all programs take at once."""
+_MAX_STRIDE = 2**24 - 1
+"""Of weights: kernels step through up to 128 of their rows in int32."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -60,17 +62,23 @@ def _check_floats(tensor: Tensor, argument: str, shape: tuple[int, ...], device:
     _check_device(tensor, argument, device)
 
 
+def _check_weight(tensor: Tensor, argument: str, shape: tuple[int, ...], like: Tensor) -> None:
+    _check_operand(tensor, argument, shape, like)
+    if max(tensor.stride()) > _MAX_STRIDE:
+        _fail(argument, f"strides of at most {_MAX_STRIDE}", tensor.stride())
+
+
 def _check_weights(
     w1: Tensor, w2: Tensor | None, w3: Tensor | None, like: Tensor, hidden_size: int, layout: ExpertLayout, gated: bool
 ) -> None:
     shape = (hidden_size, layout.total_width)
-    _check_operand(w1, "w1", shape, like)
+    _check_weight(w1, "w1", shape, like)
     if w2 is not None:
-        _check_operand(w2, "w2", (layout.total_width, hidden_size), like)
+        _check_weight(w2, "w2", (layout.total_width, hidden_size), like)
     if gated:
         if w3 is None:
             _fail("w3", "the up weights of a gated activation", None)
-        _check_operand(w3, "w3", shape, like)
+        _check_weight(w3, "w3", shape, like)
     elif w3 is not None:
         _fail("w3", "None with an activation that is not gated", "a tensor")
 
@@ -180,7 +188,7 @@ def check_router_input(
     _check_floats(weight, "weight", (layout.num_experts, x.shape[1]), x.device)
     if bias is not None:
         _check_floats(bias, "bias", (layout.num_experts,), x.device)
-    if not 1 <= num_active_experts <= layout.num_experts:
+    if type(num_active_experts) is not int or not 1 <= num_active_experts <= layout.num_experts:
         _fail("num_active_experts", f"1 <= K <= E = {layout.num_experts}", num_active_experts)
 
 
@@ -423,7 +431,7 @@ def grouped_gemm_down_autograd(x_up: Tensor, w2: Tensor, *, routing: Routing) ->
     _check_type(w2, Tensor, "w2", "a tensor")
     if w2.dim() != 2:
         _fail("w2", "shape (S, H)", tuple(w2.shape))
-    _check_operand(w2, "w2", (routing.layout.total_width, w2.shape[1]), x_up)
+    _check_weight(w2, "w2", (routing.layout.total_width, w2.shape[1]), x_up)
     return run.grouped_gemm_down(x_up, w2, routing=routing)
 
 

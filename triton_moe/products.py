@@ -136,8 +136,9 @@ def products(
 
 
 def disagreement(actual: Product, expected: Product) -> float:
-    """Largest relative difference of what the two fill."""
+    """Largest relative difference of what the two fill; NaN if there is one."""
     actual.call()
     expected.call()
     pairs = zip(actual.result(), expected.result(), strict=True)
-    return max(((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item() for a, b in pairs)
+    differences = [(a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9) for a, b in pairs]
+    return torch.stack(differences).max().item()

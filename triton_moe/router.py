@@ -7,6 +7,7 @@ a router of one's own. A softmax over the chosen experts alone is "softmax" with
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -242,7 +243,7 @@ def route_tokens(
         router: one of `ROUTERS`.
         normalize_weights: divide a token's K weights by their sum + 1e-20.
         aux_losses: whether the losses (see `losses.py`) and the logits' statistics are computed.
-        scale: factor of the weights, after they are normalised.
+        scale: factor of the weights, after they are normalised: a constant, for another one compiles the kernels anew.
         groups: limits each token's choice to its best groups of experts.
         sequence_length: the load-balance loss is that of each so many tokens, averaged; None: of all tokens at once.
         backend: as in `moe_mlp`.
@@ -256,6 +257,11 @@ def route_tokens(
     check_router_input(x, weight, bias, layout, num_active_experts)
     if router not in ROUTERS:
         raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
+    for argument, flag in (("normalize_weights", normalize_weights), ("aux_losses", aux_losses)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{argument}: expected True or False, got {flag!r}")
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
     if sequence_length is not None and (sequence_length < 1 or x.shape[0] % sequence_length):
         raise ValueError(f"sequence_length: expected a divisor of T = {x.shape[0]}, got {sequence_length}")
     if groups is not None:

@@ -24,7 +24,7 @@ MAX_SLOTS = 512
 
 def is_few(num_slots: int, layout: ExpertLayout) -> bool:
     """Whether a forward pass over so many slots is bound by reading weights: at most 512, and one row block of 16 an
-    expert on average, which is 64 tokens of any layer whose K is a quarter of E or less."""
+    expert on average, which is 64 tokens of any layer whose K is at most 8 and a quarter of E."""
     return 0 < num_slots <= min(MAX_SLOTS, FEW_ROWS_BLOCK_M * layout.num_experts)
 
 

@@ -173,7 +173,7 @@ _SLOTS = 128
 
 
 _EPILOGUE_N = 64
-"""Columns of which dh holds the pre-activation and its gradient at once."""
+"""Columns up to which dh holds a tile's pre-activation and gradient at once; wider tiles go in two pieces."""
 
 
 @cached_launcher

@@ -239,6 +239,11 @@ class Recording(TorchDispatchMode):
         return self._run(stream, arguments, addresses)
 
 
+def owns_its_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is all that is in its storage; hooks on saved tensors may give back a part of a larger one."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def give_back(tensor: Tensor) -> None:
     """Give a tensor's memory back, whoever else holds it: it must not be used any more."""
     address = tensor.data_ptr()

@@ -46,7 +46,7 @@ def route_count_kernel(
     slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     ids = load_ids(topk_ids, slots, num_slots, NUM_EXPERTS)
     counts = tl.histogram(tl.maximum(ids, 0), EXPERTS, mask=ids >= 0)
-    tl.store(span_counts + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), counts)
+    tl.store(span_counts + tl.program_id(0).to(tl.int64) * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
 @triton.jit(do_not_specialize=["num_spans"])
@@ -56,7 +56,7 @@ def route_sum_kernel(span_counts, counts, num_spans, EXPERTS: tl.constexpr, SPAN
     total = 0
     for first in range(0, num_spans, SPANS):
         spans = first + tl.arange(0, SPANS)
-        of_span = span_counts + spans * EXPERTS + expert
+        of_span = span_counts + spans.to(tl.int64) * EXPERTS + expert
         counted = tl.load(of_span, mask=spans < num_spans, other=0)
         tl.store(of_span, total + tl.cumsum(counted, 0) - counted, mask=spans < num_spans)
         total += tl.sum(counted)
@@ -154,7 +154,7 @@ def route_place_kernel(
     ids = load_ids(topk_ids, slots, num_slots, NUM_EXPERTS)
     known = ids >= 0
     placed = known & (tl.load(widths + ids, mask=known, other=0) > 0)
-    earlier_spans = tl.load(span_counts + program * EXPERTS + ids, mask=placed, other=0)
+    earlier_spans = tl.load(span_counts + program.to(tl.int64) * EXPERTS + ids, mask=placed, other=0)
     earlier = tl.zeros([SLOTS], tl.int32)
     for start in tl.static_range(0, SLOTS, 32):  # a few at a time, to spare registers
         others = start + tl.arange(0, 32)

@@ -17,8 +17,9 @@ from triton_moe.layout import ROW_ALIGNMENT, ExpertLayout, Routing
 @triton.jit
 def transpose_kernel(w, out, H, S, stride_wh, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr):
     """out[s, h] = w[h, s], both contiguous along their second index."""
-    h = (tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
-    s = (tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
+    across = tl.cdiv(H, BLOCK_H)
+    h = (tl.program_id(0) % across * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
+    s = (tl.program_id(0) // across * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
     mask = (h < H)[:, None] & (s < S)[None, :]
     tile = tl.load(w + h[:, None] * stride_wh + s[None, :], mask=mask, other=0)
     tl.store(out + s[:, None] * H + h[None, :], tl.trans(tile), mask=tl.trans(mask))
@@ -43,8 +44,8 @@ def transposed(w: Tensor) -> Tensor:
     """A copy of `w (H, S)`, whose rows are contiguous, with H contiguous instead."""
     hidden_size, total_width = w.shape
     out = torch.empty(total_width, hidden_size, dtype=w.dtype, device=w.device)
-    grid = cdiv(hidden_size, _BLOCK_H), cdiv(total_width, _BLOCK_S)
-    _launcher()(grid, w, out, hidden_size, total_width, w.stride(0))
+    num_programs = cdiv(hidden_size, _BLOCK_H) * cdiv(total_width, _BLOCK_S)
+    _launcher()((num_programs,), w, out, hidden_size, total_width, w.stride(0))
     return out.t()
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 VARIABLE = "TRITON_MOE_TUNING"
+_REGISTERS = 64_512
 PACKAGED = Path(__file__).with_name("tuning.json")
 
 
@@ -29,14 +31,16 @@ class TileConfig(NamedTuple):
 
 
 class PipelineConfig(NamedTuple):
-    """Keywords of a Hopper GEMM kernel's launch: depth of its ring, registers of a producer's and a consumer's thread.
-
-    128 producers and 256 consumers share 64,512 registers.
-    """
+    """Keywords of a Hopper GEMM kernel's launch: its ring's depth, registers of a thread that produces or consumes."""
 
     STAGES: int
     PRODUCER_REGISTERS: int
     CONSUMER_REGISTERS: int
+
+    @property
+    def registers(self) -> int:
+        """Of 128 producers and 256 consumers; with more than there are a launch never ends."""
+        return 128 * self.PRODUCER_REGISTERS + 256 * self.CONSUMER_REGISTERS
 
 
 Config = TypeVar("Config", TileConfig, PipelineConfig)
@@ -50,9 +54,17 @@ def read_table(path: Path) -> dict[tuple[str, str], TileConfig | PipelineConfig]
     """(capability, kernel) -> configuration. Raises ValueError if the file is no such table."""
     try:
         rows = json.loads(path.read_text())
-        return {(row["capability"], row["kernel"]): kind_of(row["kernel"])(**row["config"]) for row in rows}
+        found = {(row["capability"], row["kernel"]): kind_of(row["kernel"])(**row["config"]) for row in rows}
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a tuning table as `triton-moe tune` writes it, got {error!r}") from None
+    for (capability, kernel), config in found.items():
+        if not re.fullmatch(r"any|\d+\.\d+", capability):
+            raise ValueError(f"{path}: expected a capability such as 9.0, or any, got {capability!r}")
+        if path != PACKAGED and all(kernel != known for _, known in read_table(PACKAGED)):
+            raise ValueError(f"{path}: expected a kernel of the packaged table, got {kernel!r}")
+        if isinstance(config, PipelineConfig) and config.registers > _REGISTERS:
+            raise ValueError(f"{path}: expected at most {_REGISTERS} registers for {kernel}, got {config.registers}")
+    return found
 
 
 @functools.cache

@@ -94,20 +94,31 @@ def _scatter_setup(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _scatter_backward(ctx, dout: Tensor):
-    dy, dweights = _scatter_backward_op(dout, *ctx.saved_tensors, ctx.widths)
-    need_y, need_weights = ctx.needs_input_grad[:2]
-    return dy if need_y else None, dweights if need_weights else None, None, None, None
+    needs = ctx.needs_input_grad[:2]
+    grads = iter(_scatter_backward_op(dout, *ctx.saved_tensors, needs, ctx.widths))
+    return *(next(grads) if needed else None for needed in needs), None, None, None
 
 
-def _scatter_backward_impl(dout: Tensor, y: Tensor, topk_weights: Tensor, *routing) -> tuple[Tensor, Tensor]:
-    whole = _whole(*routing)
-    return gather_fwd(dout, topk_weights, whole), scatter_bwd_weights(dout, y, whole, topk_weights.dtype)
+def _scatter_backward_impl(
+    dout: Tensor, y: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: Tensor, needs: Sequence[bool],
+    widths: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """-> those of dy and dweights that are needed."""
+    routing, grads = _whole(topk_ids, packed, widths), []
+    if needs[0]:
+        grads.append(gather_fwd(dout, topk_weights, routing))
+    if needs[1]:
+        grads.append(scatter_bwd_weights(dout, y, routing, topk_weights.dtype))
+    return grads
 
 
 _scatter_backward_op = Operator(
-    f"scatter_backward(Tensor dout, Tensor y, Tensor topk_weights, {_ROUTING}) -> (Tensor, Tensor)",
+    "scatter_backward(Tensor dout, Tensor y, Tensor topk_weights, Tensor topk_ids, Tensor packed, bool[] needs, "
+    "int[] widths) -> Tensor[]",
     _scatter_backward_impl,
-    lambda dout, y, topk_weights, *_: (y.new_empty(y.shape), topk_weights.new_empty(topk_weights.shape)),
+    lambda dout, y, topk_weights, topk_ids, packed, needs, widths: (
+        [y.new_empty(y.shape)] * needs[0] + [topk_weights.new_empty(topk_weights.shape)] * needs[1]
+    ),
 )
 _scatter_op = Operator(
     f"scatter(Tensor y, Tensor topk_weights, {_ROUTING}) -> Tensor",

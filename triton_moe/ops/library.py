@@ -15,7 +15,7 @@ from triton_moe.ops.first_order import first_order
 
 layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
 """The layout of a tuple of widths, as operators take it apart."""
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, tuple, list, str, bool, int, type(None)))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, tuple, list, str, bool, int, float, type(None)))
 """Types of an eager call's arguments. Another tensor may be fake, functional, or a user's."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from triton_moe.kernels.replay import replayed
+from triton_moe.kernels.replay import owns_its_memory, replayed
 from triton_moe.ops import moe_mlp as experts
 from triton_moe.ops import router
 from triton_moe.ops.library import Operator, is_eager
@@ -153,11 +153,12 @@ def _backward(ctx: Any, dout: Tensor | None, *dothers: Tensor | None) -> tuple[T
         need_weights = [False] * len(need_weights)
         if all(dloss is None for dloss in dlosses):
             return (None,) * 19
-    consume_pre = is_eager(ctx) and dout is not None
+    saved = ctx.saved_tensors
+    consume_pre = is_eager(ctx) and dout is not None and owns_its_memory(saved[-2])
     options = *router, activation, exact, keep_pre and not ctx.consumed, backend
     ctx.consumed |= consume_pre
     needs = (need_x, need_router, *need_weights)
-    operands = dout, *dlosses, *ctx.saved_tensors
+    operands = dout, *dlosses, *saved
     grads = iter(_moe_layer_backward(*operands, needs, ctx.widths, *options, consume_pre=consume_pre))
     dx, drouter, *dweights = (next(grads) if needed else None for needed in needs)
     return dx, drouter, None, *dweights, *(None,) * 10

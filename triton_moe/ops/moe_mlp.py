@@ -12,7 +12,7 @@ from triton_moe.kernels.decode import is_few, route_few
 from triton_moe.kernels.grouped_gemm import grouped_gemm_down_fwd, grouped_gemm_up_fwd
 from triton_moe.kernels.grouped_gemm_bwd import grouped_gemm_dh, grouped_gemm_dw
 from triton_moe.kernels.hopper import launch as hopper
-from triton_moe.kernels.replay import give_back, replayed
+from triton_moe.kernels.replay import give_back, owns_its_memory, replayed
 from triton_moe.kernels.route import packed_numel, route, unpack
 from triton_moe.kernels.scatter import scatter_fwd
 from triton_moe.layout import ExpertLayout, Routing, ragged_numel
@@ -184,12 +184,13 @@ def _backward(ctx, dout, _dpre, _dpacked):
     """In eager calls the first one consumes the pre-activation, another (`retain_graph=True`) computes it anew."""
     if dout is None:
         return (None,) * 14
-    consume_pre = is_eager(ctx)
+    saved = ctx.saved_tensors
+    consume_pre = is_eager(ctx) and owns_its_memory(saved[-2])
     x, weights, _, *of_experts = ctx.needs_input_grad[:9]
     needs = (x, weights, *of_experts)
     options = ctx.widths, ctx.activation, ctx.exact, ctx.keep_pre and not ctx.consumed, ctx.backend
-    ctx.consumed = consume_pre
-    grads = iter(_moe_mlp_backward(dout, *ctx.saved_tensors, needs, *options, consume_pre=consume_pre))
+    ctx.consumed |= consume_pre
+    grads = iter(_moe_mlp_backward(dout, *saved, needs, *options, consume_pre=consume_pre))
     dx, dweights, *of_experts = (next(grads) if needed else None for needed in needs)
     return dx, dweights, None, *of_experts, *(None,) * 5
 
