@@ -27,6 +27,7 @@ CASE = "8exp_uniform"
 def timed(contestant: str, forward: str, step: str, **changed: str) -> dict[str, str]:
     times = {"forward_ms": forward, "step_ms": step, "peak_MiB": "", "cublas_8192_tflops": "777", "torch_add_us": "9"}
     times |= {"forward_tflops": "1", "step_tflops": "1", "forward_spread_ms": "0.0123", "step_spread_ms": "2.34"}
+    times |= {"busy_forward_ms": forward, "busy_step_ms": "0.5", "held_MiB": "12"}
     return {"case": CASE, "contestant": contestant, **SHAPE, **times, **MACHINE} | changed
 
 
@@ -123,6 +124,7 @@ def test_against_the_reference(folder: Path) -> None:
             "8.5x / 5.0x",
             "0.0625 (0.012) / 0.17 (2.3)",
             "34.0x / 25.0x",
+            "8.5x / 1.0x",
         ]
     ]
     assert tables.against_reference([timed("stk", "1", "1"), timed("triton_moe", "1", "1")]) == []
@@ -232,7 +234,7 @@ def test_both_layouts_of_a_pair_are_of_one_command() -> None:
 
     rows = [of("128x256", "100"), of("32x384_64x256_32x128", "90"), of("128x256", "200", torch_add_us="10")]
     (table,) = tables.widths(rows)
-    assert table.body[0][-1] == "90% / 90%"
+    assert list(table.body[0])[-2:] == ["90% / 90%", "12"]
 
 
 def test_a_readme_without_the_part_is_refused() -> None:
