@@ -260,7 +260,7 @@ def route_tokens(
     for argument, flag in (("normalize_weights", normalize_weights), ("aux_losses", aux_losses)):
         if not isinstance(flag, bool):
             raise ValueError(f"{argument}: expected True or False, got {flag!r}")
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not isinstance(scale, (int, float)) or not abs(scale) < math.inf:  # of a traced number too
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     if sequence_length is not None and (sequence_length < 1 or x.shape[0] % sequence_length):
         raise ValueError(f"sequence_length: expected a divisor of T = {x.shape[0]}, got {sequence_length}")
