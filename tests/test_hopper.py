@@ -366,9 +366,10 @@ def test_it_really_runs() -> None:
 def test_large_products_come_here_by_themselves() -> None:
     from triton_moe.kernels.hopper import launch as hopper
 
+    fewest = hopper._WORTH_IT // (1024 * 512)
     layout = ExpertLayout.from_widths((512,) * 8)
     w = torch.zeros(1024, 4096, device="cuda", dtype=torch.bfloat16)
-    assert hopper.takes(2**16, layout, "auto", w)
-    assert not hopper.takes(2**16 - 8, layout, "auto", w)
-    assert not hopper.takes(2**16, layout, "triton", w)
-    assert not hopper.takes(2**16, layout, "auto", w.float())
+    assert hopper.takes(fewest, layout, "auto", w)
+    assert not hopper.takes(fewest - 8, layout, "auto", w)
+    assert not hopper.takes(fewest, layout, "triton", w)
+    assert not hopper.takes(fewest, layout, "auto", w.float())

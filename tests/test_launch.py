@@ -1,5 +1,6 @@
 """The launcher's short way, on a stand-in for a compiled kernel: which launches take it, and with which arguments."""
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +50,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
     active = SimpleNamespace(get_current_stream=lambda device: "stream")
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(launch, "_TAKES_EACH", False)
+    monkeypatch.setattr(launch, "TAKES_EACH", False)
     return Kernel()
 
 
@@ -59,7 +60,7 @@ def test_only_what_needs_scratch_memory_goes_where_it_is_looked_for(
 ) -> None:
     from triton_moe.kernels import launch
 
-    monkeypatch.setattr(launch, "_TAKES_EACH", True)
+    monkeypatch.setattr(launch, "TAKES_EACH", True)
     kernel.scratch = scratch
     launcher, x, offsets = launch.Launcher(kernel, BLOCK=8), torch.zeros(64), torch.zeros(64, dtype=torch.int32)
     for _ in range(2):
@@ -117,3 +118,34 @@ def test_a_piece_is_its_view(kernel: Kernel) -> None:
         launcher._launch((4,), 0, (x, pieces.row_offsets, 16, 3))
     ((_, _, shown, *_),), (given,) = kernel.slow, kernel.fast
     assert shown.data_ptr() == given[10] == views.row_offsets.data_ptr()
+
+
+def test_past_tritons_encoding_of_descriptors(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where what is known of each is there, and only of what Triton 3.6 puts before its C function."""
+    from triton_moe.kernels import launch
+
+    def encoding(tensordesc_meta: list) -> Any:
+        launcher = kernel.fast.append
+        return lambda *args: launcher((args, tensordesc_meta))
+
+    known, unknown = encoding([{"swizzle": 3}]), encoding([None])
+    assert launch._past_encoding(known) == (known, [])
+    monkeypatch.setattr(launch, "TAKES_EACH", True)
+    assert launch._past_encoding(known) == (kernel.fast.append, [{"swizzle": 3}])
+    for run in (unknown, lambda *args: None, Run(kernel).launch, print):
+        assert launch._past_encoding(run) == (run, [])
+
+
+def test_a_descriptor_of_another_address() -> None:
+    from triton_moe.kernels.hopper.launch import _piece_boxes
+    from triton_moe.kernels.launch import _descriptor_at
+
+    matrix = torch.zeros(128, 96, dtype=torch.bfloat16)
+    memory, at = weakref.ref(matrix), _descriptor_at(_piece_boxes(matrix), None)
+    (other,) = at(4096)
+    assert at(4096)[0] is other
+    assert other.base.data_ptr() == 4096
+    assert (list(other.shape), list(other.strides), other.block_shape) == ([128, 96], [96, 1], [64, 64])
+    assert at(8192)[0].base.data_ptr() == 8192
+    del matrix
+    assert memory() is None

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from triton_moe.constants import on_device  # noqa: E402
-from triton_moe.kernels import replay  # noqa: E402
+from triton_moe.kernels import launch, replay  # noqa: E402
 from triton_moe.kernels.config import allows_tf32, capability  # noqa: E402
 from triton_moe.kernels.launch import Launcher, watching  # noqa: E402
 from triton_moe.kernels.tuning import configure, forget, table  # noqa: E402
@@ -91,6 +91,32 @@ def test_a_repeated_call_copies_weights_again(repeats: list[None], monkeypatch: 
     case = Case(280, 192, (33, 64, 30, 130), 2, "swiglu", reason="an odd total width")
     inputs = [inputs_for(case, torch.bfloat16, "cuda", seed=seed) for seed in range(3)]
     check_repeated(inputs, "hopper", repeats, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_hopper(), reason="needs compute capability 9.0")
+def test_descriptors_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each address, in repeated calls, where Triton lets us; its newer releases encode them at every launch."""
+    once, utils = launch.TAKES_EACH, triton.runtime.driver.active.utils
+    name = "fill_tma_descriptor" if once else "fill_tma_descriptor_tiled"
+    encode, encoded = getattr(utils, name), []
+    monkeypatch.setattr(utils, name, lambda address, *rest: encoded.append(address) or encode(address, *rest))
+    torch.manual_seed(0)
+    layer = MoEMLP(MoEConfig([(4, 128)], 2, 256, backend="hopper"), device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+    counts = []
+    with torch.no_grad():
+        expected = layer(x)[0]
+        for _ in range(6):
+            encoded.clear()
+            assert torch.equal(layer(x)[0], expected)
+            counts.append(len(encoded))
+        assert (counts[-1] == 0) == once
+        layer.w2.data = layer.w2 + 1
+        changed = layer(x)[0]
+        assert not torch.equal(changed, expected)
+        monkeypatch.setattr(replay, "is_hooked", lambda: True)
+        assert torch.equal(layer(x)[0], changed)
 
 
 def test_the_whole_layer_is_repeated(device: str, repeats: list[None]) -> None:

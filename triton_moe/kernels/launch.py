@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from triton.runtime import driver
 
 _MAX_COMPILED = 1024
 """Entries a launcher remembers: integer arguments that follow the number of tokens must not pile up for ever."""
+_MAX_ADDRESSES = 64
+"""Encoded descriptors that a repeated launch remembers in each of its places."""
 _HOOKS = triton.knobs.runtime
 _ONES = ((1, 1, 1), (1, 1), (1,), ())
 """What a grid of so many dimensions lacks of three."""
@@ -39,13 +42,14 @@ class Launch(NamedTuple):
     """Three of the grid, the stream (at `STREAM`), what Triton wants, then the kernel's."""
     pointers: list[int]
     """Places of addresses among the arguments."""
-    descriptors: list[int]
-    """Places of TMA descriptors."""
+    descriptors: dict[int, Callable[[int], Sequence]]
+    """Places of TMA descriptors, and what `run` takes there, several arguments, for one like it of another address."""
 
 
 STREAM = 3
-_TAKES_EACH = triton.__version__.startswith("3.6.")
-"""Whether Triton's C functions take a kernel's arguments one by one, not as a tuple."""
+TAKES_EACH = triton.__version__.startswith("3.6.")
+"""Whether Triton's C functions take a kernel's arguments one by one, not as a tuple; only then do repeated launches not
+encode their descriptors again."""
 
 
 def _way_of(compiled: Any) -> tuple[Callable[..., Any], tuple]:
@@ -55,9 +59,47 @@ def _way_of(compiled: Any) -> tuple[Callable[..., Any], tuple]:
     scratch memory is needed its C function is launched past it.
     """
     run, function, rest = compiled.run, compiled.function, (compiled.packed_metadata, None, None, None)
-    if _TAKES_EACH and not run.global_scratch_size and not run.profile_scratch_size:
+    if TAKES_EACH and not run.global_scratch_size and not run.profile_scratch_size:
         return run.launch, (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
     return run, (function, *rest)
+
+
+def _past_encoding(run: Callable[..., Any]) -> tuple[Callable[..., Any], list]:
+    """-> Triton's C function and what is known of each descriptor at compile time, if `run` is the Python before that
+    function, which encodes descriptors at every launch; else `run` and nothing."""
+    if TAKES_EACH and inspect.isfunction(run):
+        within = inspect.getclosurevars(run).nonlocals
+        if all(within.get("tensordesc_meta", [None])):
+            return within["launcher"], within["tensordesc_meta"]
+    return run, []
+
+
+class _Address(NamedTuple):
+    """A descriptor's base, of which Triton asks no more."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _descriptor_at(descriptor: TensorDescriptor, known: Any) -> Callable[[int], Sequence]:
+    """Address -> what a launch takes for a descriptor like this one: encoded, if `_past_encoding` says what is `known`
+    of it. Made once for each address: it depends on nothing else."""
+    like = copy.copy(descriptor)
+    like.base = None  # or it would keep memory
+
+    @functools.lru_cache(maxsize=_MAX_ADDRESSES)
+    def at(address: int) -> Sequence:
+        other = copy.copy(like)
+        other.base = _Address(address)
+        if known is None:
+            return (other,)
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        return make_tensordesc_arg(other, known)
+
+    return at
 
 
 class Watcher(Protocol):
@@ -185,13 +227,15 @@ class Launcher:
             if known is None:
                 return None
             run, wanted, constexprs = known
+        run, known_of = _past_encoding(run)
         head = [*grid, *_ONES[len(grid)], None, *wanted]
-        kinds = [arg.__class__ for arg in args]
+        places = [i for i, arg in enumerate(args) if arg.__class__ is TensorDescriptor]
+        known_of = known_of or [None] * len(places)
         return Launch(
             run,
             [*head, *values, *constexprs],
-            [i for i, kind in enumerate(kinds, len(head)) if kind not in (int, type(None), TensorDescriptor)],
-            [i for i, kind in enumerate(kinds, len(head)) if kind is TensorDescriptor],
+            [len(head) + i for i, arg in enumerate(args) if arg.__class__ not in (int, type(None), TensorDescriptor)],
+            {len(head) + i: _descriptor_at(args[i], known) for i, known in zip(places, known_of, strict=True)},
         )
 
     def _interpret(self, dtypes: list[torch.dtype | None], *arguments: Any) -> None:
@@ -201,13 +245,6 @@ class Launcher:
             for dtype, value in zip(dtypes, arguments[STREAM + 1 :], strict=True)
         ]
         self._launch_slowly(arguments[:STREAM], tuple(given))
-
-
-def moved(descriptor: TensorDescriptor, base: Tensor | None) -> TensorDescriptor:
-    """The descriptor of another tensor like its own."""
-    other = copy.copy(descriptor)
-    other.base = base
-    return other
 
 
 def _element_at(address: int, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_moe.constants import is_table
 from triton_moe.kernels.config import allows_tf32
-from triton_moe.kernels.launch import STREAM, Launch, current_stream, is_hooked, moved, watching
+from triton_moe.kernels.launch import STREAM, Launch, current_stream, is_hooked, watching
 from triton_moe.kernels.tuning import forget_when_configured
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -97,7 +97,7 @@ class Recording(TorchDispatchMode):
         self._lines: list[str] = []
         self._last_use: dict[int, int] = {}
         """Of a tensor, the line."""
-        self._names: dict[str, Any] = {"empty": torch.empty_strided, "moved": moved, "device": self._device}
+        self._names: dict[str, Any] = {"empty": torch.empty_strided, "device": self._device}
         spans = sorted(value[:2] for value in self._values if value.start < value.end)
         self.is_repeatable = all(a[1] <= b[0] or a[0] == b[0] for a, b in itertools.pairwise(spans))
         self._autocasts = torch._C._is_any_autocast_enabled()
@@ -172,17 +172,18 @@ class Recording(TorchDispatchMode):
             self.is_repeatable = False
             return
         given, used = {STREAM: "stream"}, []
+
+        def moving(address: int) -> str:
+            number, offset = self._find(address)
+            self.is_repeatable &= number >= 0
+            used.append(number)
+            return f"a{number} + {offset}" if offset else f"a{number}"
+
         for place in launch.pointers:
             if not _is_constant(launch.arguments[place]):
-                number, offset = self._find(launch.arguments[place])
-                self.is_repeatable &= number >= 0
-                given[place] = f"a{number} + {offset}" if offset else f"a{number}"
-                used.append(number)
-        for place in launch.descriptors:
-            number, offset = self._find(launch.arguments[place].base.data_ptr())
-            self.is_repeatable &= number >= 0 and offset == 0
-            given[place] = f"moved({self._name(moved(launch.arguments[place], None))}, t{number})"
-            used.append(number)
+                given[place] = moving(launch.arguments[place])
+        for place, at in launch.descriptors.items():
+            given[place] = f"*{self._name(at)}({moving(launch.arguments[place].base.data_ptr())})"
         arguments = [given[i] if i in given else self._name(arg) for i, arg in enumerate(launch.arguments)]
         self._write(f"{self._name(launch.run)}({', '.join(arguments)})", *used)
 
