@@ -35,8 +35,9 @@ FILES = (
 )
 """What launches each kernel on small operands; others check memory, speed, graphs or torch.compile around them."""
 UNSEEN = {
-    "initcheck": r"test_hopper\.py::(?!test_each_kernel_by_itself)|::test_a_repeated_call_copies_weights_again"
-    r"|::test_descriptors_are_encoded_once|::test_who_multiplies_makes_no_difference\[.*-(16-64|128-256)\]"  # rows of a multiple of 16 bytes
+    "initcheck": r"test_hopper\.py::(?!test_each_kernel_by_itself)"
+    r"|::test_a_repeated_call_copies_weights_again|::test_descriptors_are_encoded_once"
+    r"|::test_who_multiplies_makes_no_difference\[.*-(16-64|128-256)\]"  # rows of a multiple of 16 bytes
 }
 """Tests, by a pattern of their names, in which a tool does not see what is written."""
 CHOSEN = "not seed_cases and not cuda_graph"
