@@ -61,8 +61,8 @@ def test_the_prose_agrees_with_the_tables() -> None:
     _, orders, memory = guide_tables.guide_of(tables.RESULTS)
     gains = {(line[0], line[1]): float(line[2]) / float(line[3]) for line in orders.body}
     assert all(abs(gain - 1) < 0.02 for (backend, _), gain in gains.items() if backend == "triton")
-    assert abs(gains["hopper", "up"] - 1) < 0.01, "`up` gains nothing"
-    assert max(gains["hopper", "down"], gains["hopper", "dw1"]) < 0.97, "`down` and `dw1` are slower"
+    assert all(abs(gains["hopper", kernel] - 1) < 0.01 for kernel in ("up", "down")), "they gain nothing"
+    assert gains["hopper", "dw1"] < 0.97, "it is slower"
     kept = [float(line[1]) for line in memory.body]
     assert kept[0] == min(kept)
     assert memory.body[0][0] == "this project"
