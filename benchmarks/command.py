@@ -83,8 +83,15 @@ class Run:
 
     @property
     def unfinished(self) -> Path:
-        """Rows that still want the profiler; it outlives the process only if that was killed."""
-        return self.folder / f"{self.benchmark}.unfinished"
+        """This process's rows that still want the profiler; it outlives the process only if that was killed."""
+        return self.folder / f"{self.benchmark}.{os.getpid()}.unfinished"
+
+    def keep_what_was_killed(self) -> None:
+        """Rows of processes that are no more; others may be at work in this folder."""
+        for path in sorted(self.folder.glob(f"{self.benchmark}.*.unfinished")):
+            if not _is_running(int(path.suffixes[-2][1:])):
+                append(self.path, rows_of(path))
+                path.unlink()
 
     def time(self, case: BenchCase, what: Sequence[str], first: Row | None = None) -> Measured:
         """Measure one case; `first` are its rows' first columns. Rows go to the files, those that still want the
@@ -116,9 +123,7 @@ class Run:
     def time_all(self, cases: Sequence[BenchCase], what: Sequence[str]) -> list[Measured]:
         """Measure cases one after the other. The profiler waits until all is timed; if the command is ended before, by
         a signal too, the rows that there are go to the file without it: if it was killed, by the next one."""
-        if self.unfinished.exists():
-            append(self.path, rows_of(self.unfinished))
-            self.unfinished.unlink()
+        self.keep_what_was_killed()
         measured: list[Measured] = []
         waiting: list[tuple[BenchCase, Row]] = []
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -135,6 +140,14 @@ class Run:
             append(self.path, [row | dict.fromkeys(LAUNCHES) | self.machine for _, row in waiting])
             self.unfinished.unlink(missing_ok=True)
         return measured
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 @dataclass(frozen=True)

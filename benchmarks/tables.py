@@ -19,10 +19,10 @@ OURS, OURS_AS_GRAPH, REFERENCE = "triton_moe", "triton_moe_graph", "stk"
 OWN = {
     OURS: "this project",
     OURS_AS_GRAPH: "as CUDA graphs",
-    "triton_moe_compiled": "compiled",
     "triton_moe_portable": "its portable kernels",
 }
 IN_PYTORCH = {
+    "triton_moe_compiled": "compiled",
     "grouped_mm": "torch grouped_mm (padded to the widest expert)",
     "grouped_mm_compiled": "torch grouped_mm, compiled",
     "grouped_mm_by_width": "one grouped_mm a width",

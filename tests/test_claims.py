@@ -62,6 +62,15 @@ def test_portable_kernels_lead_scattermoe(case: str, least: float) -> None:
     assert float(its["step_ms"]) >= least * float(mine["step_ms"])
 
 
+def test_loss_curves_beside_the_reference() -> None:
+    rows = [row for row in rows_of(RESULTS / "validate_training.csv") if row["baseline"] == "block_sparse"]
+    newest_of = {row["seed"]: row for row in rows}
+    assert newest_of.keys() == {"0", "1", "2"}
+    for row in newest_of.values():
+        assert row["result"] == "pass"
+        assert float(row["correlation"]) >= 0.9999
+
+
 @pytest.mark.parametrize("case", ["8exp_uniform", "8exp_variable", "16exp_uniform", "16exp_variable"])
 def test_small_steps_as_graphs(case: str) -> None:
     row = [row for row in HOST if row["case"] == case][-1]

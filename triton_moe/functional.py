@@ -249,9 +249,9 @@ def moe_mlp(
         activation: one of `triton_moe.activations.ACTIVATIONS`.
         backend: "hopper" (compute capability 9.0, 16 bits, H a multiple of 64), "triton" (CUDA, compute capability 8.0
             or later), "torch" (any device), or "auto": the fastest that can. That is "hopper" from
-            `T K * H * mean width` of 2^35 on; below, an eager call waits for the host, to which it costs more. With
-            biases "hopper" is "triton". With widths that are no multiples of 64 a weight that is NaN or infinite may on
-            "hopper" reach the experts packed before its own.
+            `T K * H * mean width` of 2^32 on, or of 2^35 with a Triton newer than 3.6; below, an eager call waits for
+            the host, to which it costs more. With biases "hopper" is "triton". With widths that are no multiples of 64
+            a weight that is NaN or infinite may on "hopper" reach the experts packed before its own.
         activation_memory: "bounded" sizes what is kept for backward by the widest expert, from what the host knows;
             "exact" by the routing, for which it reads one number back, not while a CUDA graph is captured.
         recompute: keep x and the routing alone, and compute the pre-activation once more in backward. Without it, an
