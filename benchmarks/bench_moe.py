@@ -32,7 +32,11 @@ FORWARD = "forward"
 
 
 def profile(run: Run, case: BenchCase) -> Measured:
-    """A row for each contestant and stage, for its forward pass, and for the rest of that, which no stage is."""
+    """A row for each contestant and stage, for its forward pass, and for the rest of that, which no stage is.
+
+    A stage is timed in a loop of its own. There the reference's are faster than among others, which adds to its rest;
+    ours, each an operator with its own host time where the layer is one, are slower: its rest may be less than nothing.
+    """
     x, dout = tokens(case, run.dtype, run.device)
     layers, wholes, refusals = admitted(case, run.contestants, initial_state(case, run.dtype, run.device), x, dout)
     calls: dict[tuple[str, str], Call] = {}
