@@ -30,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = {"up": "up", "down": "down", "dh": "dh", "dw": "dw1"}
 """Kernel -> the product that it is timed on."""
 TILES = (
-    *(TileConfig(n, k, w, s) for n, k, w, s in itertools.product((64, 128), (32, 64), (4, 8), (3, 4))),
+    *(TileConfig(n, k, w, s) for n, k, w, s in itertools.product((64, 128), (32, 64), (4, 8), (3, 4, 5))),
     *(TileConfig(256, k, 8, s) for k, s in itertools.product((32, 64), (3, 4))),
 )
 DECODE_TILES = tuple(TileConfig(n, k, 4, s) for n, k, s in itertools.product((32, 64, 128), (64, 128), (3, 4, 5)))

@@ -121,6 +121,18 @@ def sum_partials_kernel(
 
 
 @triton.jit
+def rows_at(row_to_slot, first, place, count, GATHER: tl.constexpr, TOP_K: tl.constexpr):
+    """Rows of x of an expert whose rows begin at `first`, at these places among them.
+
+    Called an iteration ahead: if the pipeline loaded the indices too, what they point to would get half of its stages.
+    """
+    if GATHER:
+        return tl.load(row_to_slot + first + place, mask=place < count, other=0) // TOP_K
+    else:
+        return first + place
+
+
+@triton.jit
 def grouped_gemm_dw_kernel(
     x, d, dw_first, dw_second, H, stride_xt, stride_wh, stride_ws,
     widths, offsets, row_to_slot, row_offsets, ragged_offsets, expert_order, num_tiles_m, num_tiles_n,
@@ -149,17 +161,17 @@ def grouped_gemm_dw_kernel(
     d_cols = ragged_start(d, expert, 0, pitch, ragged_offsets, PARTS, ALIGNMENT) + part * pitch + cols
     acc = accumulator(BLOCK_M, BLOCK_N, INPUT_PRECISION)
     lost = tl.zeros_like(acc)
-    for k in range(0, count, BLOCK_K):
-        place = k + tl.arange(0, BLOCK_K)
+    place = tl.arange(0, BLOCK_K)
+    rows = rows_at(row_to_slot, first, place, count, GATHER, TOP_K)
+    for _ in range(0, count, BLOCK_K):
         exists = place < count
-        rows = first + place
-        if GATHER:
-            rows = tl.load(row_to_slot + rows, mask=exists, other=0) // TOP_K
         x_mask = exists[:, None] if EVEN_M else exists[:, None] & hidden_mask[None, :]
         d_mask = exists[:, None] if EVEN_N else exists[:, None] & (cols < pitch)[None, :]
         x_tile = tl.load(x + rows.to(tl.int64)[:, None] * stride_xt + hidden[None, :], mask=x_mask, other=0)
         d_tile = tl.load(d_cols[None, :] + place.to(tl.int64)[:, None] * (PARTS * pitch), mask=d_mask, other=0)
         acc, lost = accumulate(acc, lost, tl.trans(x_tile), d_tile, INPUT_PRECISION)
+        place += BLOCK_K
+        rows = rows_at(row_to_slot, first, place, count, GATHER, TOP_K)
     offsets_w = hidden.to(tl.int64)[:, None] * stride_wh + ((offset + cols) * stride_ws)[None, :]
     mask = hidden_mask[:, None] & col_mask[None, :]
     if part == FIRST:
