@@ -8,6 +8,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,8 +19,8 @@ from triton.runtime import driver
 
 _MAX_COMPILED = 1024
 """Entries a launcher remembers: integer arguments that follow the number of tokens must not pile up for ever."""
-_MAX_ADDRESSES = 64
-"""Encoded descriptors that a repeated launch remembers in each of its places."""
+_MAX_ENCODED = 8192
+"""Encoded descriptors remembered: every layer's weights, and what the caching allocator hands out in turn."""
 _HOOKS = triton.knobs.runtime
 _ONES = ((1, 1, 1), (1, 1), (1,), ())
 """What a grid of so many dimensions lacks of three."""
@@ -69,8 +70,9 @@ def _past_encoding(run: Callable[..., Any]) -> tuple[Callable[..., Any], list]:
     function, which encodes descriptors at every launch; else `run` and nothing."""
     if TAKES_EACH and inspect.isfunction(run):
         within = inspect.getclosurevars(run).nonlocals
-        if all(within.get("tensordesc_meta", [None])):
-            return within["launcher"], within["tensordesc_meta"]
+        known = within.get("tensordesc_meta")
+        if known and all(known) and "launcher" in within:
+            return within["launcher"], known
     return run, []
 
 
@@ -83,23 +85,31 @@ class _Address(NamedTuple):
         return self.address
 
 
-def _descriptor_at(descriptor: TensorDescriptor, known: Any) -> Callable[[int], Sequence]:
+@functools.lru_cache(maxsize=_MAX_ENCODED)
+def _encoded(shape: tuple, strides: tuple, padding: str, known: tuple, address: int) -> Sequence:
+    """What Triton's C function takes for a descriptor; it depends on nothing else."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    like = SimpleNamespace(base=_Address(address), shape=shape, strides=strides, padding=padding)
+    return make_tensordesc_arg(like, dict(known))  # type: ignore[call-arg]  # of Triton 3.6
+
+
+def _moved(descriptor: TensorDescriptor, address: int) -> Sequence:
+    other = copy.copy(descriptor)
+    other.base = _Address(address)
+    return (other,)
+
+
+def _descriptor_at(descriptor: TensorDescriptor, known: dict | None) -> Callable[[int], Sequence]:
     """Address -> what a launch takes for a descriptor like this one: encoded, if `_past_encoding` says what is `known`
-    of it. Made once for each address: it depends on nothing else."""
-    like = copy.copy(descriptor)
-    like.base = None  # or it would keep memory
-
-    @functools.lru_cache(maxsize=_MAX_ADDRESSES)
-    def at(address: int) -> Sequence:
-        other = copy.copy(like)
-        other.base = _Address(address)
-        if known is None:
-            return (other,)
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-
-        return make_tensordesc_arg(other, known)
-
-    return at
+    of it."""
+    if known is None:
+        like = copy.copy(descriptor)
+        like.base = None  # or it would keep memory
+        return functools.partial(_moved, like)
+    frozen = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in known.items())
+    shape, strides = tuple(descriptor.shape), tuple(descriptor.strides)
+    return functools.partial(_encoded, shape, strides, descriptor.padding, frozen)
 
 
 class Watcher(Protocol):
