@@ -281,14 +281,14 @@ def test_memory_is_let_go(device: str, repeats: list[None], monkeypatch: pytest.
         return [out, None]
 
     call, born = replay.replayed(sum_of_four), []
-    empty_strided = torch.empty_strided
+    empty_strided = replay._empty_strided(torch.device(device).type)
 
-    def watched(*args: Any, **options: Any) -> Tensor:
-        tensor = empty_strided(*args, **options)
+    def watched(*args: Any) -> Tensor:
+        tensor = empty_strided(*args)
         born.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(torch, "empty_strided", watched)
+    monkeypatch.setattr(replay, "_empty_strided", lambda device_type: watched)
     x = normal(64, device)
     for number in range(4):
         y = normal(64, device)
