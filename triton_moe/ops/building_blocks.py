@@ -5,7 +5,7 @@ As operators they take a routing apart: ids, packed tensor, widths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,23 @@ def _whole(topk_ids: Tensor, packed: Tensor, widths: Sequence[int]) -> Routing:
     """A routing for the portable kernels alone: of the Hopper kernels only one at a time may run on a routing, and who
     holds one may use it on two streams."""
     return unpack(packed, topk_ids, layout_of(tuple(widths)))
+
+
+def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.widths = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward pass of an operator of two tensors and a routing, which has `_save_inputs`; `operator` returns those
+    of the two gradients that are needed."""
+
+    def backward(ctx, dout: Tensor):
+        needs = ctx.needs_input_grad[:2]
+        grads = iter(operator(dout, *ctx.saved_tensors, needs, ctx.widths))
+        return *(next(grads) if needed else None for needed in needs), None, None, None
+
+    return backward
 
 
 # route
@@ -88,17 +105,6 @@ def gather(x: Tensor, *, routing: Routing) -> Tensor:
 # scatter
 
 
-def _scatter_setup(ctx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.widths = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _scatter_backward(ctx, dout: Tensor):
-    needs = ctx.needs_input_grad[:2]
-    grads = iter(_scatter_backward_op(dout, *ctx.saved_tensors, needs, ctx.widths))
-    return *(next(grads) if needed else None for needed in needs), None, None, None
-
-
 def _scatter_backward_impl(
     dout: Tensor, y: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: Tensor, needs: Sequence[bool],
     widths: Sequence[int],
@@ -124,8 +130,8 @@ _scatter_op = Operator(
     f"scatter(Tensor y, Tensor topk_weights, {_ROUTING}) -> Tensor",
     lambda y, topk_weights, *routing: scatter_fwd(y, topk_weights, _whole(*routing)),
     lambda y, topk_weights, *_: y.new_empty(topk_weights.shape[0], y.shape[1]),
-    _scatter_setup,
-    _scatter_backward,
+    _save_inputs,
+    _backward_of(_scatter_backward_op),
 )
 
 
@@ -214,17 +220,6 @@ def _down(x_up: Tensor, w2: Tensor, *routing) -> Tensor:
     return y
 
 
-def _down_setup(ctx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.widths = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _down_backward(ctx, dy: Tensor):
-    needs = ctx.needs_input_grad[:2]
-    grads = iter(_down_backward_op(dy, *ctx.saved_tensors, needs, ctx.widths))
-    return *(next(grads) if needed else None for needed in needs), None, None, None
-
-
 def _down_backward_impl(
     dy: Tensor, x_up: Tensor, w2: Tensor, topk_ids: Tensor, packed: Tensor, needs: Sequence[bool],
     widths: Sequence[int],
@@ -254,8 +249,8 @@ _down_op = Operator(
     f"grouped_gemm_down(Tensor x_up, Tensor w2, {_ROUTING}) -> Tensor",
     _down,
     lambda x_up, w2, topk_ids, *_: x_up.new_empty(topk_ids.numel(), w2.shape[1]),
-    _down_setup,
-    _down_backward,
+    _save_inputs,
+    _backward_of(_down_backward_op),
 )
 
 
