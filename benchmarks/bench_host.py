@@ -5,8 +5,10 @@
 On small shapes the device works for a tenth of a millisecond, and the rest is launching. `forward` records a graph for
 backward; `step` is that and the backward pass, from gradients of the output and the losses, into gradients that were
 None. The graphs are captured once and replayed. `step_one_thread` is a step whose backward pass runs in the thread that
-asks for it (`torch.autograd.set_multithreading_enabled(False)`), `identity_step` one of a function that does nothing,
-written in Python as the layer's is: what PyTorch takes for any.
+asks for it (`torch.autograd.set_multithreading_enabled(False)`). `identity_step` and `node_step` are what PyTorch takes
+for functions written in Python, as the layer's is, that compute nothing: of one tensor, and of as many as the layer's
+takes, returns and saves. `add_us` is an eager addition of two small tensors, in turns with the others, for the host is
+not equally fast all the time.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 from triton_moe import MoEMLP
 
 LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
+_TIMED = ("forward", "step", "step_one_thread", "identity_step", "node_step", "graph_forward", "graph_step")
 DEFAULT_CASES = ("8exp_uniform", "8exp_variable", "16exp_uniform", "16exp_variable", "128exp_variable")
 
 
@@ -64,13 +67,33 @@ class Identity(torch.autograd.Function):
         return dout
 
 
-def identity_step(device: torch.device) -> Call:
-    x = torch.randn(8, device=device, requires_grad=True)
-    dout = torch.randn(8, device=device)
+class Node(torch.autograd.Function):
+    """Allocates what the layer returns, keeps what it keeps, and computes nothing: for x and three weights 12 results,
+    four of them differentiable, five of them kept."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        results = tuple(torch.empty_like(inputs[0]) for _ in range(12))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[4:])
+        ctx.save_for_backward(*inputs, *results[-5:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:4])
+
+
+def step_of_nothing(function: type[torch.autograd.Function], num_inputs: int, device: torch.device) -> Call:
+    """A step of a function of `num_inputs` tensors, and gradients of as many of its results."""
+    leaves = [torch.randn(8, device=device, requires_grad=True) for _ in range(num_inputs)]
+    douts = [torch.randn(8, device=device) for _ in leaves]
 
     def step() -> None:
-        x.grad = None
-        torch.autograd.backward(Identity.apply(x), dout)
+        for leaf in leaves:
+            leaf.grad = None
+        results: Any = function.apply(*leaves)
+        torch.autograd.backward([results] if isinstance(results, Tensor) else results[:num_inputs], douts)
 
     return step
 
@@ -85,17 +108,20 @@ def in_one_thread(call: Call) -> Call:
 
 def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bool) -> dict:
     forward, step = calls_of(case, dtype, device)
-    calls = {
+    small = torch.ones(8, device=device)
+    calls: dict[str, Call] = {
         "forward": forward,
         "step": step,
         "step_one_thread": in_one_thread(step),
-        "identity_step": identity_step(device),
+        "identity_step": step_of_nothing(Identity, 1, device),
+        "node_step": step_of_nothing(Node, 4, device),
+        "add": lambda: small + small,
     }
     if device.type == "cuda":
         forward()
         step()
         calls |= {"graph_forward": captured(forward)[0].replay, "graph_step": captured(step)[0].replay}
-    times = {f"{name}_ms": time.median for name, time in wall_times(calls, device, QUICK if quick else None).items()}
+    ms = {name: time.median for name, time in wall_times(calls, device, QUICK if quick else None).items()}
     config = case.config
     return {
         "case": case.name,
@@ -104,7 +130,8 @@ def measure(case: BenchCase, dtype: torch.dtype, device: torch.device, quick: bo
         "sizes": "+".join(f"{count}x{width}" for count, width in config.expert_sizes),
         "K": config.num_active_experts,
         "dtype": str(dtype).removeprefix("torch."),
-        **{f"{name}_ms": times.get(f"{name}_ms") for name in (*calls, "graph_forward", "graph_step")},
+        **{f"{name}_ms": ms.get(name) for name in _TIMED},
+        "add_us": ms["add"] * 1e3,
     }
 
 

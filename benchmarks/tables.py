@@ -253,14 +253,15 @@ def host(rows: Rows) -> list[Table]:
     used = [case[-1] for case in newest_of_each_case(rows, ("",))]
     caption = (
         f"Small shapes with the three losses, where the host decides: forward / forward and backward in ms (then with "
-        f"the backward pass in the caller's thread, and a step of PyTorch's for a function that does nothing), and "
-        f"kernel launches ({machines(used)}; a torch add took {used[-1]['torch_add_us']} us of host time; "
-        f"`bench_host.csv`)."
+        f"the backward pass in the caller's thread, and a step of PyTorch's for a function that does nothing, of one "
+        f"tensor and of as many as the layer's), the host's microseconds for a torch add then, and kernel launches "
+        f"({machines(used)}; `bench_host.csv`)."
     )
     columns = {
         "eager": ("forward_ms", "step_ms"),
         "one thread": ("step_one_thread_ms",),
-        "nothing": ("identity_step_ms",),
+        "nothing": ("identity_step_ms", "node_step_ms"),
+        "add, us": ("add_us",),
         "CUDA graph": ("graph_forward_ms", "graph_step_ms"),
         "launches": ("launches_forward", "launches_step"),
     }
