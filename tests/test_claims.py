@@ -48,19 +48,11 @@ def test_the_peak_is_sonic_moes(case: str) -> None:
     assert float(mine["peak_MiB"]) <= 1.02 * float(its["peak_MiB"])
 
 
-@pytest.mark.parametrize(
-    ("case", "leads"),
-    [
-        ("128x256_top8", True),
-        ("32x1024_top2", True),
-        ("128x768_top8_h2048", False),
-        ("128x1024_top8_h4096", False),
-    ],
-)
-def test_portable_kernels_lead_scattermoe(case: str, leads: bool) -> None:
-    """By the 1.2 times that were asked. Where they do not, README says so, and says it as long as it is so."""
+@pytest.mark.parametrize("case", ["128x256_top8", "32x1024_top2", "128x768_top8_h2048", "128x1024_top8_h4096"])
+def test_portable_kernels_lead_scattermoe(case: str) -> None:
+    """By the 1.2 times that were asked."""
     mine, its = newest(MOE, (case, "triton_moe_portable"), (case, "scattermoe"))
-    assert (float(its["step_ms"]) >= 1.2 * float(mine["step_ms"])) == leads
+    assert float(its["step_ms"]) >= 1.2 * float(mine["step_ms"])
 
 
 def test_loss_curves_beside_the_reference() -> None:
