@@ -53,7 +53,7 @@ def route_few_kernel(
     row = tl.sum(tl.where(experts < expert, rows, 0)) + tl.cumsum(own.to(tl.int32), 0) - 1
     tl.store(slot_to_row + slots, row, mask=own)
     tl.store(row_to_slot + row, slots, mask=own)
-    fill(row_to_slot, tl.sum(rows), num_slots, -1, SLOTS)
+    fill(row_to_slot, tl.sum(rows), num_slots, -1, expert, NUM_EXPERTS, SLOTS)
     schedule(
         rows, experts, width, width_rank, row_blocks, num_row_blocks, expert_order, None, NUM_EXPERTS, BLOCK_M, SLOTS
     )

@@ -64,9 +64,9 @@ def route_sum_kernel(span_counts, counts, num_spans, EXPERTS: tl.constexpr, SPAN
 
 
 @triton.jit
-def fill(pointers, first, end, value, BLOCK: tl.constexpr):
-    """pointers[first : end] = value, shared among the programs."""
-    for start in range(first + tl.program_id(0) * BLOCK, end, tl.num_programs(0) * BLOCK):
+def fill(pointers, first, end, value, program, programs, BLOCK: tl.constexpr):
+    """pointers[first : end] = value, shared among `programs`, of which this is the `program`-th."""
+    for start in range(first + program * BLOCK, end, programs * BLOCK):
         place = start + tl.arange(0, BLOCK)
         tl.store(pointers + place, tl.full([BLOCK], value, tl.int32), mask=place < end)
 
@@ -91,31 +91,29 @@ def schedule(
     real = experts < NUM_EXPERTS
     rank = tl.load(width_rank + experts, mask=real, other=NUM_EXPERTS)
     blocks = tl.cdiv(rows, BLOCK_M)
-    narrow, wide = tl.cdiv(width, 128), tl.cdiv(width, 256)
     expert = tl.program_id(0)
-    if expert < NUM_EXPERTS:
-        own = experts == expert
-        own_rows = tl.sum(tl.where(own, rows, 0))
-        own_blocks = tl.cdiv(own_rows, BLOCK_M)
-        larger = ((rows > own_rows) | ((rows == own_rows) & (experts < expert))) & real
-        wider = rank < tl.load(width_rank + expert)
-        tl.store(expert_order + tl.sum(larger.to(tl.int32)), expert)
-        list_parts(row_blocks, tl.sum(tl.where(wider, blocks, 0)), expert, own_blocks, BLOCK)
-        if tiles is not None:
-            _, ragged_128, ragged_256, weights_128, weights_256 = tiles
-            own_narrow, own_wide = tl.sum(tl.where(own, narrow, 0)), tl.sum(tl.where(own, wide, 0))
-            list_parts(ragged_128, tl.sum(tl.where(wider, blocks * narrow, 0)), expert, own_blocks * own_narrow, BLOCK)
-            list_parts(ragged_256, tl.sum(tl.where(wider, blocks * wide, 0)), expert, own_blocks * own_wide, BLOCK)
-            list_parts(weights_128, tl.sum(tl.where(larger, narrow, 0)), expert, own_narrow, BLOCK)
-            list_parts(weights_256, tl.sum(tl.where(larger, wide, 0)), expert, own_wide, BLOCK)
+    own = experts == expert
+    own_rows = tl.sum(tl.where(own, rows, 0))
+    own_blocks = tl.cdiv(own_rows, BLOCK_M)
+    larger = ((rows > own_rows) | ((rows == own_rows) & (experts < expert))) & real
+    wider = rank < tl.load(width_rank + expert)
+    tl.store(expert_order + tl.sum(larger.to(tl.int32)), expert)
+    list_parts(row_blocks, tl.sum(tl.where(wider, blocks, 0)), expert, own_blocks, BLOCK)
     total_blocks = tl.sum(blocks)
-    fill(row_blocks, 2 * total_blocks, 2 * num_row_blocks, -1, BLOCK)
+    fill(row_blocks, 2 * total_blocks, 2 * num_row_blocks, -1, expert, NUM_EXPERTS, BLOCK)
     if tiles is not None:
-        numbers, first = tiles[0], tl.program_id(0) == 0
-        tl.store(numbers, total_blocks, mask=first)
-        tl.store(numbers + 1, tl.sum(blocks * narrow), mask=first)
-        tl.store(numbers + 2, tl.sum(blocks * wide), mask=first)
-        tl.store(numbers + 3, 0, mask=first)
+        numbers, ragged_128, ragged_256, weights_128, weights_256 = tiles
+        narrow, wide = tl.cdiv(width, 128), tl.cdiv(width, 256)
+        own_narrow, own_wide = tl.sum(tl.where(own, narrow, 0)), tl.sum(tl.where(own, wide, 0))
+        list_parts(ragged_128, tl.sum(tl.where(wider, blocks * narrow, 0)), expert, own_blocks * own_narrow, BLOCK)
+        list_parts(ragged_256, tl.sum(tl.where(wider, blocks * wide, 0)), expert, own_blocks * own_wide, BLOCK)
+        list_parts(weights_128, tl.sum(tl.where(larger, narrow, 0)), expert, own_narrow, BLOCK)
+        list_parts(weights_256, tl.sum(tl.where(larger, wide, 0)), expert, own_wide, BLOCK)
+        if expert == 0:
+            tl.store(numbers, total_blocks)
+            tl.store(numbers + 1, tl.sum(blocks * narrow))
+            tl.store(numbers + 2, tl.sum(blocks * wide))
+            tl.store(numbers + 3, 0)
 
 
 @triton.jit
@@ -140,35 +138,38 @@ def route_place_kernel(
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    """The first E programs write an expert's share of the schedule each, the others a span's places."""
     experts = tl.arange(0, EXPERTS)
     real = experts < NUM_EXPERTS
     width = tl.load(widths + experts, mask=real, other=0)
     rows = tl.where(width > 0, tl.load(counts + experts, mask=real, other=0), 0)
-    last_row = tl.cumsum(rows, 0)
-    if program == 0:
-        store_offsets(rows, width, row_offsets, ragged_offsets, NUM_EXPERTS, EXPERTS, ALIGNMENT)
-
-    places = tl.arange(0, SLOTS)
-    slots = program * SLOTS + places
-    ids = load_ids(topk_ids, slots, num_slots, NUM_EXPERTS)
-    known = ids >= 0
-    placed = known & (tl.load(widths + ids, mask=known, other=0) > 0)
-    earlier_spans = tl.load(span_counts + program.to(tl.int64) * EXPERTS + ids, mask=placed, other=0)
-    earlier = tl.zeros([SLOTS], tl.int32)
-    for start in tl.static_range(0, SLOTS, 32):  # a few at a time, to spare registers
-        others = start + tl.arange(0, 32)
-        other_ids = load_ids(topk_ids, program * SLOTS + others, num_slots, NUM_EXPERTS)
-        same = (other_ids[None, :] == ids[:, None]) & (others[None, :] < places[:, None])
-        earlier += tl.sum(same.to(tl.int32), 1)
-    row = tl.gather(last_row - rows, tl.maximum(ids, 0), 0) + earlier_spans + earlier
-    tl.store(slot_to_row + slots, tl.where(placed, row, -1), mask=slots < num_slots)
-    tl.store(row_to_slot + row, slots, mask=placed)
-    fill(row_to_slot, tl.sum(rows), num_slots, -1, SLOTS)
-    tiles = (numbers, ragged_128, ragged_256, weights_128, weights_256)
-    schedule(
-        rows, experts, width, width_rank, row_blocks, num_row_blocks, expert_order, tiles, NUM_EXPERTS, BLOCK_M, SLOTS
-    )
+    span = tl.program_id(0) - NUM_EXPERTS
+    if span < 0:
+        tiles = (numbers, ragged_128, ragged_256, weights_128, weights_256)
+        schedule(
+            rows, experts, width, width_rank, row_blocks, num_row_blocks, expert_order, tiles, NUM_EXPERTS, BLOCK_M,
+            SLOTS,
+        )  # fmt: skip
+    else:
+        if span == 0:
+            store_offsets(rows, width, row_offsets, ragged_offsets, NUM_EXPERTS, EXPERTS, ALIGNMENT)
+        places = tl.arange(0, SLOTS)
+        slots = span * SLOTS + places
+        ids = load_ids(topk_ids, slots, num_slots, NUM_EXPERTS)
+        known = ids >= 0
+        placed = known & (tl.load(widths + ids, mask=known, other=0) > 0)
+        earlier_spans = tl.load(span_counts + span.to(tl.int64) * EXPERTS + ids, mask=placed, other=0)
+        earlier = tl.zeros([SLOTS], tl.int32)
+        for start in tl.static_range(0, SLOTS, 32):  # a few at a time, to spare registers
+            others = start + tl.arange(0, 32)
+            other_ids = load_ids(topk_ids, span * SLOTS + others, num_slots, NUM_EXPERTS)
+            same = (other_ids[None, :] == ids[:, None]) & (others[None, :] < places[:, None])
+            earlier += tl.sum(same.to(tl.int32), 1)
+        first_row = tl.cumsum(rows, 0) - rows
+        row = tl.gather(first_row, tl.maximum(ids, 0), 0) + earlier_spans + earlier
+        tl.store(slot_to_row + slots, tl.where(placed, row, -1), mask=slots < num_slots)
+        tl.store(row_to_slot + row, slots, mask=placed)
+        fill(row_to_slot, tl.sum(rows), num_slots, -1, span, tl.num_programs(0) - NUM_EXPERTS, SLOTS)
 
 
 class _Launchers(NamedTuple):
@@ -287,7 +288,7 @@ def route(topk_ids: Tensor, layout: ExpertLayout, panels: bool = False) -> Routi
     count((num_spans,), ids, span_counts, num_slots)
     sum_spans((num_experts,), span_counts, routing.counts, num_spans)
     place(
-        (max(num_spans, num_experts),), ids, span_counts, routing.counts, tables.widths, tables.width_rank,
+        (num_experts + max(num_spans, 1),), ids, span_counts, routing.counts, tables.widths, tables.width_rank,
         routing.row_offsets, routing.ragged_offsets, routing.row_to_slot, routing.slot_to_row, routing.row_blocks,
         routing.expert_order, numbers, *ragged.values(), *weights.values(), num_slots, routing.num_row_blocks,
     )  # fmt: skip

@@ -30,7 +30,7 @@ _MAX_H, _MAX_EEH = 2048, 2**22
 fewer tokens the more experts there are. Measured: dev/LOG.md, 2026-11-26."""
 _FINISH_TILE = 16384
 """Sums that the one program of the second kernel adds up at once, in 16 warps."""
-_MAX_PROGRAMS = 1024
+_MAX_PROGRAMS = 512
 
 _LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 
@@ -125,16 +125,22 @@ def router_fwd_kernel(
 ):  # fmt: skip
     """partials[p] = sums over the p-th span of tokens: choices (E), scores (E), z-loss, logits; largest |logit|."""
     experts, ranks = tl.arange(0, EXPERTS), tl.arange(0, RANKS)
-    counts = tl.zeros([TOKENS, EXPERTS], tl.int32)  # summed over tokens at the end: that takes a barrier
-    probs_sum = tl.zeros([TOKENS, EXPERTS], tl.float32)
-    logits_sum = tl.zeros([TOKENS, EXPERTS], tl.float32)
-    z_loss, largest = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
+    counts, probs_sum = tl.zeros([EXPERTS], tl.int32), tl.zeros([EXPERTS], tl.float32)
+    z_loss, logits_sum = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
+    largest = tl.zeros([TOKENS], tl.float32)
     first_token = tl.program_id(0) * span
     end = tl.minimum(first_token + span, num_tokens)
     for first in range(first_token, end, TOKENS):
         tokens = first + tl.arange(0, TOKENS)
+        exists = (tokens < end)[:, None] & (experts < NUM_EXPERTS)[None, :]
         z = logits_of(logits, x, weight, tokens, experts, end, H, stride_xt, stride_we, NUM_EXPERTS, BLOCK_H)
         probs = scores(z, SOFTMAX)
+        if AUX:
+            _, log_total = softmax(z)
+            z_loss += tl.where(tokens < end, log_total * log_total, 0.0)
+            probs_sum += tl.sum(tl.where(exists, probs, 0.0), 0)
+            logits_sum += tl.sum(tl.where(exists, z, 0.0), 1)
+            largest = tl.maximum(largest, tl.max(tl.where(exists, tl.abs(z), 0.0), 1))
         keys = selection_keys(probs, experts, NUM_EXPERTS)
         if bias is not None:
             score = probs + tl.load(bias + experts, mask=experts < NUM_EXPERTS, other=0).to(tl.float32)[None, :]
@@ -146,11 +152,11 @@ def router_fwd_kernel(
             expert = tl.min(tl.where(keys == best[:, None], experts[None, :], EXPERTS), 1)
             chosen = experts[None, :] == expert[:, None]
             keys = tl.where(chosen, _LOWEST, keys)
-            counts += (chosen & (tokens < end)[:, None]).to(tl.int32)
             # Without a bias no score is negative, and then its bits are its key.
             of_best = best.to(tl.float32, bitcast=True) if bias is None else tl.sum(tl.where(chosen, probs, 0.0), 1)
             ids = tl.where((ranks == k)[None, :], expert[:, None], ids)
             weights = tl.where((ranks == k)[None, :], of_best[:, None], weights)
+        counts += tl.sum((exists & (keys == _LOWEST)).to(tl.int32), 0)
         if NORMALIZE:
             weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
         weights = weights * WEIGHTS_SCALE
@@ -158,19 +164,12 @@ def router_fwd_kernel(
         mask = (tokens < end)[:, None] & (ranks < TOP_K)[None, :]
         tl.store(topk_ids + places, ids, mask=mask)
         tl.store(topk_weights + places, weights.to(topk_weights.dtype.element_ty), mask=mask)
-        if AUX:
-            exists = (tokens < end)[:, None] & (experts < NUM_EXPERTS)[None, :]
-            _, log_total = softmax(z)
-            z_loss += tl.where(tokens < end, log_total * log_total, 0.0)
-            probs_sum += tl.where(exists, probs, 0.0)
-            logits_sum += tl.where(exists, z, 0.0)
-            largest = tl.maximum(largest, tl.max(tl.where(exists, tl.abs(z), 0.0), 1))
     row = partials + tl.program_id(0) * (2 * EXPERTS + 4)
-    tl.store(row + experts, tl.sum(counts, 0).to(tl.float32))
+    tl.store(row + experts, counts.to(tl.float32))
     if AUX:
-        tl.store(row + EXPERTS + experts, tl.sum(probs_sum, 0))
+        tl.store(row + EXPERTS + experts, probs_sum)
         tl.store(row + 2 * EXPERTS, tl.sum(z_loss))
-        tl.store(row + 2 * EXPERTS + 1, tl.sum(tl.sum(logits_sum, 0)))
+        tl.store(row + 2 * EXPERTS + 1, tl.sum(logits_sum))
         tl.store(row + 2 * EXPERTS + 2, tl.max(largest))
 
 
@@ -301,7 +300,7 @@ def _launchers(options: RouterOptions, multiply: bool, device: torch.device) -> 
     num_experts = layout.num_experts
     experts = triton.next_power_of_2(num_experts)
     tile: dict[str, int] = {"TOKENS": max(1, min(32, _TILE // experts)), "BLOCK_H": 1}
-    backward = tile
+    backward = tile | {"num_warps": 8}
     if multiply:
         experts = max(16, experts)  # the least that tensor cores take
         tile = {"TOKENS": 64 if experts <= 64 else 32, "BLOCK_H": 64, "num_warps": 4 if experts <= 64 else 8}
