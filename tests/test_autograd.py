@@ -203,7 +203,7 @@ def test_memory_that_a_hook_shares_out_is_left_alone(device: str) -> None:
     kept = buffer.clone()
     grads = torch.autograd.grad(out.sum(), list(layer.parameters()))
     assert all(torch.equal(grad, right) for grad, right in zip(grads, expected, strict=True))
-    assert torch.equal(buffer, kept)
+    assert torch.equal(buffer.view(torch.int32), kept.view(torch.int32))  # bits: what was never written may be NaN
     assert torch.equal(torch.autograd.grad(other, neighbour)[0], torch.full((3,), 2.0, device=device))
 
 
