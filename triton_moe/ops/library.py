@@ -17,7 +17,7 @@ layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
 """The layout of a tuple of widths, as operators take it apart."""
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, tuple, list, str, bool, int, float, type(None)))
 """Types of an eager call's arguments. Another tensor may be fake, functional, or a user's."""
-_dynamo_follows = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_dynamo_follows = torch._C._dynamo.eval_frame.get_eval_frame_callback  # type: ignore[attr-defined]
 """Not None where torch.compile looks at every Python function that is called."""
 
 
