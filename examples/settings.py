@@ -70,7 +70,7 @@ class Config:
     """blocks: torch.compile of a block, which all blocks share; model: of all of them at once; graph: of a block, and
     forward and backward are captured as a CUDA graph, which no host is late for."""
     backend: str = "auto"
-    """Of our experts: one of `triton_moe.checks.BACKENDS`."""
+    """Of our experts: one of `triton_moe.functional.BACKENDS`."""
     seed: int = 0
 
     def __post_init__(self) -> None:

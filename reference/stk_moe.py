@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reference.moe import MoEMLP, PaddedRows
 from reference.topology_var import Topology
-from triton_moe.checks import runs_kernels
+from triton_moe.functional import runs_kernels
 from triton_moe.moe import MoEConfig
 
 BLOCK_SIZE = 128

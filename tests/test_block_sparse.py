@@ -17,7 +17,7 @@ from reference import block_sparse
 from reference.moe import MoEMLP, padded_rows
 from reference.stk_moe import StkMoEMLP
 from reference.topology_var import Topology, enough_bits, historical_bits, variable_topology
-from triton_moe import ExpertLayout, MoEConfig, checks
+from triton_moe import ExpertLayout, MoEConfig, functional
 from triton_moe import reference as oracle
 
 CONFIGS = {
@@ -388,6 +388,6 @@ class TestStk:
     @pytest.mark.skipif(importlib.util.find_spec("stk") is None, reason="needs stanford-stk, which Linux alone has")
     def test_a_device_without_kernels_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setattr(checks, "_look_for_kernels", checks._look_for_kernels.__wrapped__)
+        monkeypatch.setattr(functional, "_look_for_kernels", functional._look_for_kernels.__wrapped__)
         with pytest.raises(ValueError, match="device: expected a CUDA device for stk, got cpu"):
             StkMoEMLP(self.CONFIG)(torch.randn(3, 128))

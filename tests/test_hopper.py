@@ -10,7 +10,7 @@ from conftest import KERNEL_DEVICE
 
 from offline import compiled_by
 from operators import has_hopper, inputs_for
-from triton_moe import ExpertLayout, checks, functional, moe_mlp
+from triton_moe import ExpertLayout, functional, moe_mlp
 from triton_moe.activations import ACTIVATIONS
 from triton_moe.layout import Routing
 from triton_moe.testing import Case, Inputs, check_against_oracle, poison_empty, run
@@ -137,7 +137,7 @@ def test_building_blocks_have_no_hopper_kernels() -> None:
 def test_what_it_cannot_take(
     hidden_size: int, dtype: torch.dtype, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(functional, "_is_hopper", lambda device: True)
     inputs = inputs_for(Case(8, hidden_size, (64, 100), 2, "swiglu", reason="not for Hopper"), dtype, KERNEL_DEVICE)
     with pytest.raises(ValueError, match=f"^{message}"):
         run(kernels, inputs)
@@ -156,7 +156,7 @@ def test_a_layer_runs_here_as_a_whole_or_not_at_all(monkeypatch: pytest.MonkeyPa
     for name in ("up_fwd", "down_fwd", "dh", "dw"):
         monkeypatch.setattr(hopper, name, counted(name))
     monkeypatch.setattr(hopper, "fits", lambda *given: True)
-    monkeypatch.setattr(checks, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(functional, "_is_hopper", lambda device: True)
     for bias in (False, True):
         case = Case(9, 64, (64, 24), 2, "swiglu", bias=bias, reason="who is called")
         inputs = inputs_for(case, torch.float16, KERNEL_DEVICE)

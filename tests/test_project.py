@@ -26,7 +26,6 @@ MUST_NOT_IMPORT = {
     "reference.py": r"triton\b|triton_moe(?!\.layout\b)",
     "layout.py": r"triton\b|triton_moe\b",
     "constants.py": r"triton\b|triton_moe\b",
-    "checks.py": r"triton\b|triton_moe(?!\.(activations|layout)\b)",
     "torch_backend.py": r"triton\b|triton_moe(?!\.(activations|layout)\b)",
     "experts.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops|moe|router)\b",
     "moe.py": r"triton\b|triton_moe\.(cli|train|testing|kernels|ops)\b",

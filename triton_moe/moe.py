@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
 from triton_moe.balancing import BiasBalanced, BiasBalancing
-from triton_moe.checks import BACKENDS
 from triton_moe.experts import DenseMLP, Experts
-from triton_moe.functional import ACTIVATION_MEMORY, matmul_dtype, moe_layer
+from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype, moe_layer
 from triton_moe.layout import ExpertLayout
 from triton_moe.router import ROUTERS, GroupLimit, RouterOutput, expand_null_row, is_fused, route_tokens
 
@@ -62,7 +61,7 @@ class MoEConfig:
     aux_losses: bool = True
     """Whether the auxiliary losses and the logits' statistics are computed; if not, zeros stand in their places."""
     backend: str = "auto"
-    """One of `triton_moe.checks.BACKENDS`."""
+    """One of `triton_moe.functional.BACKENDS`."""
     activation_memory: str = "bounded"
     """One of `triton_moe.functional.ACTIVATION_MEMORY`; see `moe_mlp`."""
     recompute: bool = False

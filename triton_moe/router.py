@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_moe.checks import check_router_input, check_type, runs_kernels
+from triton_moe.functional import check_router_input, runs_kernels
 from triton_moe.layout import ExpertLayout
 from triton_moe.losses import (
     compute_loss,
@@ -254,8 +254,7 @@ def route_tokens(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
     """
-    check_type(layout, ExpertLayout, "layout", "an ExpertLayout")
-    check_router_input(x, weight, bias, layout.num_experts, num_active_experts)
+    check_router_input(x, weight, bias, layout, num_active_experts)
     if router not in ROUTERS:
         raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
     for argument, flag in (("normalize_weights", normalize_weights), ("aux_losses", aux_losses)):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -108,7 +107,7 @@ class Recording(TorchDispatchMode):
         spans = sorted(value[:2] for value in self._values if value.start < value.end)
         self.is_repeatable = all(a[1] <= b[0] or a[0] == b[0] for a, b in itertools.pairwise(spans))
         self._autocasts = torch._C._is_any_autocast_enabled()
-        self._run: Callable[[int | None, Sequence[Tensor], list[int]], Any] | None = None
+        self._run: Callable[[int | None, list[Tensor], list[int]], Any] | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -240,7 +239,7 @@ class Recording(TorchDispatchMode):
         exec("\n ".join(lines), self._names)
         self._run = self._names.pop("run")
 
-    def repeat(self, arguments: Sequence[Tensor], addresses: list[int]) -> Any:
+    def repeat(self, arguments: list[Tensor], addresses: list[int]) -> Any:
         """The call with other arguments of its kind, which are at these addresses."""
         assert self._run is not None
         stream = None if self._device.index is None else current_stream(self._device.index)
@@ -260,27 +259,6 @@ def give_back(tensor: Tensor) -> None:
         watching.by.gave_back(address)
 
 
-_FORM = operator.attrgetter("shape", "dtype", "device")
-
-
-def _picker(places: Sequence[int]) -> Callable[[Sequence], tuple]:
-    """What picks the elements at these places."""
-    return operator.itemgetter(*places) if len(places) > 1 else lambda args: tuple(args[place] for place in places)
-
-
-@functools.cache
-def _pickers(types: tuple[type, ...]) -> tuple[Callable[[tuple], tuple], Callable[[tuple], tuple]] | None:
-    """What picks the tensors from arguments of these types, and what the others, hashable; None if a tensor is of a
-    subclass: nobody knows what that makes of a call."""
-    tensors = [place for place, kind in enumerate(types) if issubclass(kind, Tensor)]
-    if not all(types[place] in _TENSORS for place in tensors):
-        return None
-    pick = _picker([place for place in range(len(types)) if place not in tensors])
-    if list not in types:
-        return _picker(tensors), pick
-    return _picker(tensors), lambda args: tuple(tuple(arg) if arg.__class__ is list else arg for arg in pick(args))
-
-
 def replayed(function: Function) -> Function:
     """Record the second call of each kind of a function of tensors and options, and repeat it from then on.
 
@@ -294,30 +272,37 @@ def replayed(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        types = tuple(map(type, args))
-        pickers = _pickers(types)
-        if pickers is None or is_hooked() or watching.by is not None:
-            return function(*args, **options)
-        tensors, others = pickers[0](args), pickers[1](args)
-        addresses = list(map(Tensor.data_ptr, tensors))
-        device = tensors[0].get_device()
+        arguments, addresses, bits = [], [], 0
+        kind: list[Any] = [allows_tf32(), torch._C._is_any_autocast_enabled()]
+        for arg in args:
+            if arg.__class__ in _TENSORS:
+                address = arg.data_ptr()
+                arguments.append(arg)
+                addresses.append(address)
+                bits |= address
+                kind.append((arg.shape, arg.stride(), arg.dtype))
+            elif isinstance(arg, Tensor):  # a subclass's: nobody knows what it makes of a call
+                return function(*args, **options)
+            else:
+                kind.append(tuple(arg) if arg.__class__ is list else arg)
+        kind += options.values()
+        device = arguments[0].get_device()
         is_elsewhere = device >= 0 and device != torch._C._cuda_getDevice()
-        if is_elsewhere or functools.reduce(operator.or_, addresses) % 16:
+        if bits % 16 or is_elsewhere or is_hooked() or watching.by is not None:
             return function(*args, **options)
-        # which tensors are one and the same
-        same = () if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
-        forms = tuple(map(_FORM, tensors)), tuple(map(Tensor.stride, tensors))
-        key = types, forms, same, others, allows_tf32(), torch._C._is_any_autocast_enabled(), *options.values()
+        if len(set(addresses)) < len(addresses):
+            kind += map(addresses.index, addresses)  # which arguments are one and the same
+        key = (device, *kind)
         recording = known.get(key, _NEW)
         if recording.__class__ is Recording:
-            return recording.repeat(tensors, addresses)
+            return recording.repeat(arguments, addresses)
         if recording is _NEW:
             if len(known) >= _MAX_KINDS:
                 known.clear()
             known[key] = _SEEN
         if recording is not _SEEN:
             return function(*args, **options)
-        with Recording(tensors) as recording:
+        with Recording(arguments) as recording:
             result = function(*args, **options)
         recording.finish(result)
         known[key] = recording if recording.is_repeatable else None

@@ -17,8 +17,6 @@ layout_of = functools.lru_cache(maxsize=256)(ExpertLayout)
 """The layout of a tuple of widths, as operators take it apart."""
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, tuple, list, str, bool, int, float, type(None)))
 """Types of an eager call's arguments. Another tensor may be fake, functional, or a user's."""
-_dynamo_follows = torch._C._dynamo.eval_frame.get_eval_frame_callback  # type: ignore[attr-defined]
-"""Not None where torch.compile looks at every Python function that is called."""
 
 
 class Operator:
@@ -33,9 +31,6 @@ class Operator:
         forward: `(*arguments)` -> the results.
         fake: likewise on tensors without data: shapes, dtypes and strides alone.
         setup_context, backward: as `torch.library.register_autograd` takes them; None if there is no gradient.
-        check: raises ValueError for arguments that `forward`, which calls it too, cannot take. It is called here where
-            the operator is traced, as only `fake` sees them then, and between the graphs that torch.compile makes of a
-            broken one, as that follows the call further and would raise errors of its own.
     """
 
     def __init__(
@@ -45,12 +40,11 @@ class Operator:
         fake: Callable[..., Any],
         setup_context: Callable[[Any, tuple, Any], None] | None = None,
         backward: Callable[..., Any] | None = None,
-        check: Callable[..., None] | None = None,
     ) -> None:
         name, parenthesis, rest = schema.partition("(")
         definition = torch.library.custom_op(f"triton_moe::{name}", forward, mutates_args=(), schema=parenthesis + rest)
         definition.register_fake(fake)
-        self.forward, self.check = forward, check
+        self.forward = forward
         self.apply: Callable[..., Any] | None = None
         if backward is not None:
             backward = first_order(backward)
@@ -62,14 +56,11 @@ class Operator:
         """The results. `eager_options` reach `forward` in eager calls alone, which may mutate."""
         if forward_ad._current_level >= 0:
             raise RuntimeError("the kernels have no forward-mode derivatives: call them outside of dual_level()")
-        is_traced = (
+        if (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack() > 0
             or any(issubclass(kind, Tensor) for kind in set(map(type, arguments)) - _PLAIN)
-        )
-        if self.check is not None and (is_traced or _dynamo_follows() is not None):
-            self.check(*arguments)
-        if is_traced:
+        ):
             return self.overload(*arguments)
         if (
             self.apply is not None

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from triton_moe.checks import check_layer
 from triton_moe.kernels.replay import owns_its_memory, replayed
 from triton_moe.ops import moe_mlp as experts
 from triton_moe.ops import router
@@ -23,24 +22,12 @@ _OPTIONS_BUT_LAST = (
 _OPTIONS = f"{_OPTIONS_BUT_LAST} bool keep_pre, str backend"
 
 
-def _check(
-    x: Tensor, router_weight: Tensor, bias: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor | None,
-    b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], *options: Any,
-) -> None:  # fmt: skip
-    """Raise ValueError unless the layer, in training or inference, can take these. It is called where nothing is
-    repeated: a call of a known kind has passed it."""
-    activation, exact = options[_OF_ROUTER : _OF_ROUTER + 2]
-    weights = w1, w2, w3, b1, b2, b3
-    check_layer(x, router_weight, bias, *weights, widths, options[0], activation, exact, options[-1])
-
-
 @replayed
 def _inference(
     x: Tensor, router_weight: Tensor, bias: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor | None,
     b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> output, what the router returns."""
-    _check(x, router_weight, bias, w1, w2, w3, b1, b2, b3, widths, *options)
     routed = router.forward(x, router_weight, bias, widths, *options[:_OF_ROUTER])
     weights = w1, w2, w3, b1, b2, b3
     return experts.inference(x, routed[0], routed[1], *weights, widths, *options[_OF_ROUTER:]), *routed
@@ -59,9 +46,8 @@ moe_layer_inference = Operator(
     + ")",
     _inference,
     _inference_fake,
-    check=_check,
 )
-"""Arguments: see the schema. -> output, the fields of a `RouterOutput`."""
+"""Arguments, checked: see the schema. -> output, the fields of a `RouterOutput`."""
 
 
 @replayed
@@ -70,7 +56,6 @@ def _forward(
     b1: Tensor | None, b2: Tensor | None, b3: Tensor | None, widths: Sequence[int], *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> output, what the router returns, the pre-activation, the packed routing."""
-    _check(x, router_weight, bias, w1, w2, w3, b1, b2, b3, widths, *options)
     routed = router.forward(x, router_weight, bias, widths, *options[:_OF_ROUTER])
     weights = w1, w2, w3, b1, b2, b3
     activation, exact, keep_pre, backend = options[_OF_ROUTER:]
@@ -185,7 +170,6 @@ moe_layer = Operator(
     _forward_fake,
     _setup_context,
     _backward,
-    _check,
 )
-"""Arguments: see the schema. -> output, the fields of a `RouterOutput`, and what is kept for backward. The
+"""Arguments, checked: see the schema. -> output, the fields of a `RouterOutput`, and what is kept for backward. The
 output and the three losses are differentiable."""

@@ -35,7 +35,7 @@ class TrainConfig:
     precision: str = "fp32"
     seed: int = 0
     backend: str = "auto"
-    """Of the MoE layers; one of `triton_moe.checks.BACKENDS`."""
+    """Of the MoE layers; one of `triton_moe.functional.BACKENDS`."""
 
     compile: bool = False
     """Whether each step runs under torch.compile, as CUDA graphs."""
