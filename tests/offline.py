@@ -58,7 +58,7 @@ def describe_each(describe):
 
 def compiled_by(program: str, capability: int) -> list[Any]:
     """What the program's `describe` said of each kernel that it launched, in order."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "error"}
     command = [sys.executable, "-c", f"{STAND_IN}{program}print(json.dumps(compiled))", str(capability)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
