@@ -12,6 +12,7 @@ from operators import check_operator, inputs_for, routings, unit
 from triton_moe import functional, reference
 from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.kernels import config, grouped_gemm_down_autograd, grouped_gemm_up_autograd, scatter_autograd
+from triton_moe.kernels.launch import Launcher
 from triton_moe.kernels.tiles import as_tf32
 from triton_moe.layout import Routing
 from triton_moe.testing import CASES, Case, Inputs, check_against_oracle
@@ -98,7 +99,7 @@ def test_rounding_to_tf32(device: str) -> None:
     numbers = torch.randn(1014, generator=torch.Generator().manual_seed(0)).exp2() * 3
     x = torch.cat([special, all_ones, numbers]).to(device)
     rounded = torch.empty_like(x)
-    as_tf32_kernel[(1,)](x, rounded, N=1024)  # type: ignore[arg-type]
+    Launcher(as_tf32_kernel, N=1024)((1,), x, rounded)
     assert rounded[:4].tolist() == [0.0, -0.0, 1 + 2.0**-10, -1 - 2.0**-9]
     assert torch.equal(rounded[4:6], x[4:6])
     assert rounded[[6, 8, 9]].isnan().all()

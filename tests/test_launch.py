@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
+
+from triton_moe.kernels.launch import RELEASE
 
 
 class Kernel:
@@ -33,7 +37,8 @@ class Kernel:
 class Run:
     """What a compiled kernel is launched by: itself, or the C function behind it."""
 
-    launch_cooperative_grid, launch_pdl, profile_scratch_size = "cooperative", "pdl", 0
+    launch_cooperative_grid, launch_pdl, profile_scratch_size, gsan_enabled = "cooperative", "pdl", 0, False
+    arg_annotations, kernel_signature = "annotations", "signature"
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel, self.global_scratch_size = kernel, kernel.scratch
@@ -51,27 +56,35 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
     active = SimpleNamespace(get_current_stream=lambda device: "stream")
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(launch, "TAKES_EACH", False)
+    monkeypatch.setattr(launch, "RELEASE", None)
     return Kernel()
 
 
+@pytest.mark.parametrize("release", ["3.6", "3.9"])
 @pytest.mark.parametrize("scratch", [0, 16])
 def test_only_what_needs_scratch_memory_goes_where_it_is_looked_for(
-    scratch: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+    scratch: int, release: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton_moe.kernels import launch
 
-    monkeypatch.setattr(launch, "TAKES_EACH", True)
+    monkeypatch.setattr(launch, "RELEASE", release)
     kernel.scratch = scratch
     launcher, x, offsets = launch.Launcher(kernel, BLOCK=8), torch.zeros(64), torch.zeros(64, dtype=torch.int32)
     for _ in range(2):
         launcher._launch((4,), 0, (x, offsets, 16, 3))
-    rest = "m", None, None, None, x.data_ptr(), offsets.data_ptr(), 16, 3, 8
-    past = "C", 4, 1, 1, "stream", "f", "cooperative", "pdl", None, None, *rest
-    assert kernel.fast == [(4, 1, 1, "stream", "f", *rest) if scratch else past]
+    given = x.data_ptr(), offsets.data_ptr(), 16, 3, 8
+    past: tuple = "C", 4, 1, 1, "stream", "f", "cooperative", "pdl"
+    if release == "3.6":
+        past += None, None, "m", None, None, None, *given
+    else:
+        past += "m", None, None, None, None, None, "annotations", "signature", given
+    assert kernel.fast == [(4, 1, 1, "stream", "f", "m", None, None, None, *given) if scratch else past]
     again = launcher._again((4,), 0, (x, offsets, 16, 3))
     assert again is not None
     assert [again.arguments[place] for place in again.pointers] == [x.data_ptr(), offsets.data_ptr()]
+    packed = release == "3.9" and not scratch
+    assert again.packed == (len(past) - 2 if packed else None)
+    assert again.arguments[-5:] == list(given)
 
 
 def test_only_what_compiles_anew_takes_tritons_way(kernel: Kernel) -> None:
@@ -122,7 +135,7 @@ def test_a_piece_is_its_view(kernel: Kernel) -> None:
 
 
 def test_past_tritons_encoding_of_descriptors(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where what is known of each is there, and only of what Triton 3.6 puts before its C function."""
+    """Only where what is known of each is there, and only of what Triton puts before its C function."""
     from triton_moe.kernels import launch
 
     def encoding(tensordesc_meta: list) -> Any:
@@ -131,7 +144,7 @@ def test_past_tritons_encoding_of_descriptors(kernel: Kernel, monkeypatch: pytes
 
     known, unknown = encoding([{"swizzle": 3}]), encoding([None])
     assert launch._past_encoding(known) == (known, [])
-    monkeypatch.setattr(launch, "TAKES_EACH", True)
+    monkeypatch.setattr(launch, "RELEASE", "3.9")
     assert launch._past_encoding(known) == (kernel.fast.append, [{"swizzle": 3}])
     for run in (unknown, encoding([]), lambda *args: None, Run(kernel).launch, print):
         assert launch._past_encoding(run) == (run, [])
@@ -151,7 +164,7 @@ def test_a_descriptor_of_another_address() -> None:
     assert memory() is None
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="Triton 3.6 alone lets us past its encoding")
+@pytest.mark.skipif(RELEASE is None, reason="only known releases of Triton let us past their encoding")
 def test_an_encoded_descriptor_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
     """What its own wrapper hands to the C function, but encoded once for each address, in whatever place."""
     from triton_moe.kernels import launch
@@ -159,19 +172,28 @@ def test_an_encoded_descriptor_is_tritons(monkeypatch: pytest.MonkeyPatch) -> No
 
     nvidia: Any = importlib.import_module("triton.backends.nvidia.driver")
     encoded: list[tuple] = []
-    fill = SimpleNamespace(fill_tma_descriptor=lambda *args: encoded.append(args) or f"map {args[0]}")
-    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(utils=fill))
+
+    def fill(*args: Any) -> str:
+        encoded.append(args)
+        return f"map {args[0]}"
+
+    utils = SimpleNamespace(fill_tma_descriptor=fill, fill_tma_descriptor_tiled=fill)
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(utils=utils))
     matrix, given = torch.zeros(128, 96, dtype=torch.bfloat16), []
     descriptor = _piece_boxes(matrix)
     meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [64, 64], "fp4_padded": False}
     wrapped = nvidia.wrap_handle_tensordesc(lambda *args: given.append(args), {0: "tensordesc<bf16[64,64]>"}, [meta])
-    wrapped(*range(nvidia._BASE_ARGS_FORMAT_LEN), descriptor)
+    packs = RELEASE == "3.9"
+    before = range(16 if packs else nvidia._BASE_ARGS_FORMAT_LEN)
+    wrapped(*before, (descriptor,) if packs else descriptor)
     raw, (known,) = launch._past_encoding(wrapped)
     for _ in range(2):
-        at = launch._descriptor_at(descriptor, known)
-        raw(*range(nvidia._BASE_ARGS_FORMAT_LEN), *at(matrix.data_ptr()))
-    assert given[0] == given[1] == given[2]
+        at = launch._descriptor_at(descriptor, known)(matrix.data_ptr())
+        raw(*before, *((tuple(at),) if packs else at))
+    assert [_listed(each) for each in given] == [_listed(given[0])] * 3
     assert len(encoded) == 2
-    assert [list(arg) if isinstance(arg, tuple) else arg for arg in encoded[1]] == [
-        list(arg) if isinstance(arg, tuple) else arg for arg in encoded[0]
-    ]
+    assert _listed(encoded[1]) == _listed(encoded[0])
+
+
+def _listed(args: tuple) -> list:
+    return [list(arg) if isinstance(arg, tuple) else arg for arg in args]

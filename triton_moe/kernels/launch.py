@@ -45,30 +45,43 @@ class Launch(NamedTuple):
     """Places of addresses among the arguments."""
     descriptors: dict[int, Callable[[int], Sequence]]
     """Places of TMA descriptors, and what `run` takes there, several arguments, for one like it of another address."""
+    packed: int | None
+    """The place from which on `run` takes all arguments as one tuple."""
 
 
 STREAM = 3
-TAKES_EACH = triton.__version__.startswith("3.6.")
-"""Whether Triton's C functions take a kernel's arguments one by one, not as a tuple; only then do repeated launches not
-encode their descriptors again."""
+RELEASE = next((known for known in ("3.6", "3.9") if triton.__version__.startswith(f"{known}.")), None)
+"""The release of Triton, if it is one whose C functions are called here past its Python. What any other launches goes
+its own way, and has its descriptors encoded every time."""
 
 
-def _way_of(compiled: Any) -> tuple[Callable[..., Any], tuple]:
-    """-> what launches a compiled kernel, and what that wants between the stream and the kernel's arguments.
+class _Way(NamedTuple):
+    """How a compiled kernel is launched."""
 
-    `compiled.run` looks for scratch memory at every launch, and takes all arguments apart and together again. Where no
-    scratch memory is needed its C function is launched past it.
-    """
-    run, function, rest = compiled.run, compiled.function, (compiled.packed_metadata, None, None, None)
-    if TAKES_EACH and not run.global_scratch_size and not run.profile_scratch_size:
-        return run.launch, (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
-    return run, (function, *rest)
+    run: Callable[..., Any]
+    wanted: tuple
+    """What `run` takes between the stream and the kernel's arguments."""
+    packs: bool
+    """Whether it takes these as one tuple."""
+
+
+def _way_of(compiled: Any) -> _Way:
+    """`compiled.run` looks for scratch memory at every launch, and takes all arguments apart and together again. Where
+    no scratch memory is needed its C function is launched past it."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if RELEASE is None or run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return _Way(run, (function, metadata, None, None, None), False)
+    how = function, run.launch_cooperative_grid, run.launch_pdl
+    if RELEASE == "3.6":
+        return _Way(run.launch, (*how, None, None, metadata, None, None, None), False)
+    nothing = (None,) * 5  # metadata for hooks, two hooks, two scratch memories
+    return _Way(run.launch, (*how, metadata, *nothing, run.arg_annotations, run.kernel_signature), True)
 
 
 def _past_encoding(run: Callable[..., Any]) -> tuple[Callable[..., Any], list]:
     """-> Triton's C function and what is known of each descriptor at compile time, if `run` is the Python before that
     function, which encodes descriptors at every launch; else `run` and nothing."""
-    if TAKES_EACH and inspect.isfunction(run):
+    if RELEASE is not None and inspect.isfunction(run):
         within = inspect.getclosurevars(run).nonlocals
         known = within.get("tensordesc_meta")
         if known and all(known) and "launcher" in within:
@@ -90,8 +103,10 @@ def _encoded(shape: tuple, strides: tuple, padding: str, known: tuple, address: 
     """What Triton's C function takes for a descriptor; it depends on nothing else."""
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
-    like = SimpleNamespace(base=_Address(address), shape=shape, strides=strides, padding=padding)
-    return make_tensordesc_arg(like, dict(known))  # type: ignore[call-arg]  # of Triton 3.6
+    base = _Address(address)
+    like = SimpleNamespace(base=base, shape=shape, strides=strides, padding=padding, round_f32_to_tf32=False)
+    of_launch = () if RELEASE == "3.6" else (None,)  # which it does not use
+    return make_tensordesc_arg(like, dict(known), *of_launch)
 
 
 def _moved(descriptor: TensorDescriptor, address: int) -> Sequence:
@@ -192,8 +207,9 @@ class Launcher:
             if key is not None:
                 self._remember(key, compiled, len(args))
             return
-        run, wanted, constexprs = known
-        run(*grid, *_ONES[len(grid)], current_stream(device), *wanted, *values, *constexprs)
+        (run, wanted, packs), constexprs = known
+        values += constexprs
+        run(*grid, *_ONES[len(grid)], current_stream(device), *wanted, *((tuple(values),) if packs else values))
 
     def _values_and_key(self, device: int, args: tuple) -> tuple[list, tuple | None]:
         """-> what Triton's C function takes for the arguments, and what they ask of a compiled kernel, None if that is
@@ -224,19 +240,19 @@ class Launcher:
         if len(self._compiled) >= _MAX_COMPILED:
             self._compiled.clear()
         constexprs = [self.options[name] for name in self.kernel.arg_names[num_args:]]
-        self._compiled[key] = *_way_of(compiled), constexprs
+        self._compiled[key] = _way_of(compiled), constexprs
 
     def _again(self, grid: tuple[int, ...], device: int, args: tuple) -> Launch | None:
         """The launch just made, or None if only Triton's way can make it."""
         values, key = self._values_and_key(device, args)
         if device < 0:
             dtypes = [None if arg is None or arg.__class__ is int else arg.dtype for arg in args]
-            run, wanted, constexprs = functools.partial(self._interpret, dtypes), (), ()
+            run, wanted, packs, constexprs = functools.partial(self._interpret, dtypes), (), False, ()
         else:
             known = None if key is None else self._compiled.get(key)
             if known is None:
                 return None
-            run, wanted, constexprs = known
+            (run, wanted, packs), constexprs = known
         run, known_of = _past_encoding(run)
         head = [*grid, *_ONES[len(grid)], None, *wanted]
         places = [i for i, arg in enumerate(args) if arg.__class__ is TensorDescriptor]
@@ -246,6 +262,7 @@ class Launcher:
             [*head, *values, *constexprs],
             [len(head) + i for i, arg in enumerate(args) if arg.__class__ not in (int, type(None), TensorDescriptor)],
             {len(head) + i: _descriptor_at(args[i], known) for i, known in zip(places, known_of, strict=True)},
+            len(head) if packs else None,
         )
 
     def _interpret(self, dtypes: list[torch.dtype | None], *arguments: Any) -> None:

@@ -191,6 +191,8 @@ class Recording(TorchDispatchMode):
         for place, at in launch.descriptors.items():
             given[place] = f"*{self._name(at)}({moving(launch.arguments[place].base.data_ptr())})"
         arguments = [given[i] if i in given else self._name(arg) for i, arg in enumerate(launch.arguments)]
+        if launch.packed is not None:
+            arguments[launch.packed :] = [f"({', '.join(arguments[launch.packed :])},)"]
         self._write(f"{self._name(launch.run)}({', '.join(arguments)})", *used)
 
     def gave_back(self, address: int) -> None:

@@ -25,14 +25,14 @@ from triton_moe.kernels.config import (
 from triton_moe.kernels.hopper.grouped_gemm import grouped_gemm_down_hopper_kernel, grouped_gemm_up_hopper_kernel
 from triton_moe.kernels.hopper.grouped_gemm_bwd import grouped_gemm_dh_hopper_kernel, grouped_gemm_dw_hopper_kernel
 from triton_moe.kernels.hopper.pipeline import BLOCK_K, HALF_M, PIECE_N
-from triton_moe.kernels.launch import TAKES_EACH, Launcher
+from triton_moe.kernels.launch import RELEASE, Launcher
 from triton_moe.kernels.transpose import is_worth_a_copy, transposed
 from triton_moe.kernels.tuning import PipelineConfig, cached_launcher, tuned
 from triton_moe.layout import PANEL_WIDTH, RAGGED_ALIGNMENT, ROW_ALIGNMENT, ExpertLayout, Routing, TileLists
 
 BLOCK_N = 256
 _BLOCK_K = BLOCK_K.value
-_WORTH_IT = 2**32 if TAKES_EACH else 2**35
+_WORTH_IT = 2**35 if RELEASE is None else 2**32
 """Rows times H times mean width from which `backend="auto"` comes here. Below it the host is the bottleneck of an eager
 step, and these launches, where their descriptors are encoded at each, cost it more; smaller products gain nothing."""
 assert INTERPRETED or 2 * HALF_M.value == BLOCK_M
