@@ -297,12 +297,14 @@ def accuracy(rows: Rows) -> list[Table]:
 
 
 def stress(rows: Rows) -> list[Table]:
-    """Of each backend the large runs of the last commit that had one, added up; others repeat a draw that failed."""
+    """Of each backend and Triton release the large runs of the last commit that had one, added up; others repeat a draw
+    that failed."""
     large = [row for row in rows if int(row["asked"]) >= 1000]
-    last = {row["backend"]: row for row in large}
+    last = {(row["backend"], row["triton"]): row for row in large}
     said = []
-    for backend, of_last in last.items():
-        runs = [row for row in large if (row["backend"], row["commit"]) == (backend, of_last["commit"])]
+    for (backend, release), of_last in last.items():
+        last_run = backend, release, of_last["commit"]
+        runs = [row for row in large if (row["backend"], row["triton"], row["commit"]) == last_run]
         draws, asked, mismatches, differences = (
             sum(int(row[name]) for row in runs) for name in ("draws", "asked", "mismatches", "bitwise_differences")
         )
