@@ -321,6 +321,17 @@ class TestForward:
         with pytest.raises(ValueError, match=f"^{message}"):
             _layer()(x)
 
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize("autocasts", [False, True])
+    @pytest.mark.parametrize("name", ["w1", "w2", "w3"])
+    def test_a_weight_taken_away(self, name, autocasts, backend):
+        if backend == "triton":
+            pytest.importorskip("triton")
+        layer = _layer(activation="swiglu", backend=backend)
+        setattr(layer, name, None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasts), pytest.raises(ValueError, match=f"^{name}: "):
+            layer(_input(3))
+
 
 class TestBackward:
     @pytest.mark.parametrize("name", LOSSES)

@@ -332,12 +332,13 @@ def moe_layer(
     if not runs_kernels(x.device, x.dtype, backend):
         return None
     if _autocasts(x.device):
-        w1, w2 = w1.to(matmul_dtype(w1)), w2.to(matmul_dtype(w2))
-        w3, b1, b2, b3 = (None if t is None else t.to(matmul_dtype(t)) for t in (w3, b1, b2, b3))
+        w1, w2 = (t.to(matmul_dtype(t)) if isinstance(t, Tensor) else t for t in (w1, w2))
+        w3, b1, b2, b3 = (t.to(matmul_dtype(t)) if isinstance(t, Tensor) else t for t in (w3, b1, b2, b3))
     check_router_input(x, router_weight, bias, layout, num_active_experts)
     if x.shape[0] * num_active_experts > _MAX_SLOTS:
         _fail("x", f"at most {_MAX_SLOTS} slots", x.shape[0] * num_active_experts)
     hidden_size, gated = x.shape[1], is_gated(activation)
+    _check_type(w2, Tensor, "w2", "a tensor")
     _check_weights(w1, w2, w3, x, hidden_size, layout, gated)
     _check_biases(b1, b2, b3, x, hidden_size, layout, gated)
     exact = activation_memory == "exact"

@@ -261,6 +261,8 @@ class MoEMLP(Experts, BiasBalanced):
         H, weight = self.config.hidden_size, self.w1
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != H:
             raise ValueError(f"x: expected shape (..., {H}), got {tuple(x.shape) if isinstance(x, Tensor) else x!r}")
+        if weight is None:
+            raise ValueError("w1: expected a tensor, got None")
         same = x.dtype == weight.dtype or matmul_dtype(x) == matmul_dtype(weight)
         if not same or x.device != weight.device:
             raise ValueError(
