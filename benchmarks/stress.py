@@ -37,7 +37,7 @@ from triton_moe.testing import BIASES, Case, check_against_oracle, make_inputs, 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_PROFILES = 2 * len(DTYPES) * len(ACTIVATIONS)
 HIDDEN_SIZES = ((16, 48, 80, 112), tuple(range(1, 128, 2)), (64,), (8, 24, 40, 72, 104), (128,), (1, 2, 3, 4))
-WIDTH_STEPS = (1, 16, 8, 1, 128)
+WIDTH_STEPS = (1, 16, 8, 1, 256)
 NUM_EXPERTS = (1, 2, 3, 4, 6, 9, 16, 24)
 MAX_WIDTH = 160
 ROUTINGS = (*("random",) * 5, *("dropped",) * 2, "repeated", "one expert", "idle expert", "all dropped")
@@ -70,7 +70,7 @@ def draw(seed: int, max_tokens: int = 300) -> Draw:
     transposed = (of_profile.random() < 0.5, of_profile.random() < 0.5)
     weights_dtype = of_profile.choice((torch.float32, dtype))
     num_experts = rng.choice([count for count in NUM_EXPERTS if count >= top_k])
-    widths = [step * rng.randint(0, MAX_WIDTH // step) for _ in range(num_experts)]
+    widths = [step * rng.randint(0, max(1, MAX_WIDTH // step)) for _ in range(num_experts)]
     widths[rng.randrange(num_experts)] = step
     # One pre-activation in ten million changes its sign between two orders of summation, and relu's gradient jumps.
     tokens = min(16, max_tokens) if activation in ("relu", "reglu") else max_tokens

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from operators import inputs_for
 from triton_moe import moe_mlp, reference
-from triton_moe.activations import ACTIVATIONS
+from triton_moe.activations import ACTIVATIONS, is_gated
 from triton_moe.testing import (
     BIASES,
     CASES,
@@ -205,3 +205,16 @@ def test_random_layouts_and_routings(data: st.DataObject) -> None:
 @pytest.mark.parametrize("case", SEED_CASES, ids=lambda case: case.reason)
 def test_seed_cases(case: Case, device: str, dtype: torch.dtype) -> None:
     check_against_oracle(kernels, inputs_for(case, dtype, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_widths_that_fill_wide_tiles(activation: str, dtype: torch.dtype) -> None:
+    for hidden_size in (192, 200):  # of 200 no load is known to be aligned
+        case = Case(300, hidden_size, (256, 512, 0, 256), 2, activation, bias=is_gated(activation), reason="wide tiles")
+        inputs = inputs_for(case, dtype, "cuda")
+        with poison_empty():
+            check_against_oracle(kernels, inputs)
+            first, second = run(kernels, inputs), run(kernels, inputs)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())

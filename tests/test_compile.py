@@ -14,10 +14,10 @@ def describe(name, kernel, options):
     narrow = len(re.findall(r"ld\\.global[.a-z0-9:]*\\.b16", ptx))
     rounds = len(re.findall(r"and\\.b32[^;]*-8192;", ptx))
     unrounded = name.startswith("grouped_gemm") and precision == "high" and not rounds
-    # A gathered row's index, if it were a part of the pipeline, would take half of its stages.
-    shallow = name == "grouped_gemm_dw_kernel" and len(widths) == 2 and (
-        f"memdesc<{options['num_stages']}x" not in kernel.asm["ttgir"]
-    )
+    # A gathered row's index, if it were a part of the pipeline, would take half of its stages; an operand whose
+    # address were not known to be a multiple of 16 bytes would have none.
+    deep = re.findall(f"memdesc<{options.get('num_stages')}x[0-9]+x[0-9]+x", kernel.asm["ttgir"])
+    shallow = name.startswith("grouped_gemm") and len(widths) == 2 and len(set(deep)) < (1 if "_dw_" in name else 2)
     wgmma = ptx.count("wgmma.mma_async")
     return name, kernel.metadata.shared, wgmma, narrow if odd_widths else 0, unrounded, shallow
 

@@ -96,6 +96,17 @@ def divides_widths(block: int, layout: ExpertLayout) -> bool:
     return math.gcd(block, *layout.widths) == block
 
 
+_WIDE_N = 256
+"""Columns of a tile that is worth its size where it leaves nothing over; elsewhere one of half of them is."""
+
+
+def fitted(config: TileConfig, *columns: int) -> TileConfig:
+    """The configuration for products of so many columns."""
+    if config.BLOCK_N == _WIDE_N > math.gcd(_WIDE_N, *columns):
+        return config._replace(BLOCK_N=_WIDE_N // 2)
+    return config
+
+
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor itself if its last dimension is contiguous, else a copy: the kernels take any row stride."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

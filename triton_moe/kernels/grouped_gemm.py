@@ -20,6 +20,7 @@ from triton_moe.kernels.config import (
     LayoutTables,
     cdiv,
     divides_widths,
+    fitted,
     input_precision,
     layout_tables,
     rows_contiguous,
@@ -28,7 +29,7 @@ from triton_moe.kernels.config import (
 )
 from triton_moe.kernels.hopper import launch as hopper
 from triton_moe.kernels.launch import Launcher
-from triton_moe.kernels.tiles import accumulator, block_rows, expert_columns, ragged_start, tile_dot
+from triton_moe.kernels.tiles import accumulator, block_rows, chained_dot, expert_columns, ragged_start, tile_dot
 from triton_moe.kernels.transpose import loadable
 from triton_moe.kernels.tuning import cached_launcher
 from triton_moe.layout import RAGGED_ALIGNMENT, ExpertLayout, Routing
@@ -108,13 +109,14 @@ def grouped_gemm_down_fwd_kernel(
     w_cols = offset * stride_ws + cols.to(tl.int64) * stride_wh
     a_size = pitch if FINITE else width
     acc = accumulator(BLOCK_M, BLOCK_N, INPUT_PRECISION)
-    acc, _ = tile_dot(
-        acc, acc, a_rows, w + w_cols, w + w_cols, col_mask, width, a_size, stride_ws,
-        False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
-    )  # fmt: skip
     if PARTS == 2:
+        acc = chained_dot(
+            acc, a_rows, pitch, w, w_up, w_cols, col_mask, width, a_size, stride_ws,
+            BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
+        )  # fmt: skip
+    else:
         acc, _ = tile_dot(
-            acc, acc, a_rows + pitch, w_up + w_cols, w_up + w_cols, col_mask, width, a_size, stride_ws,
+            acc, acc, a_rows, w + w_cols, w + w_cols, col_mask, width, a_size, stride_ws,
             False, BLOCK_K, EVEN_K, EVEN_N, INPUT_PRECISION,
         )  # fmt: skip
     acc = acc.to(tl.float32)
@@ -168,18 +170,13 @@ def grouped_gemm_up_fwd(
     )  # fmt: skip
 
 
-_WIDE_N = 256
-"""Columns of a tile that is worth its size where it divides H; elsewhere half of it leaves less over."""
-
-
 @cached_launcher
 def _down_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, block_m: int, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
     """-> launcher, the layout's tables, column tiles of a row."""
-    config, tables = tile_config("down", dtype, device, block_m), layout_tables(layout, device)
-    if hidden_size % config.BLOCK_N and config.BLOCK_N == _WIDE_N:
-        config = config._replace(BLOCK_N=_WIDE_N // 2)
+    config = fitted(tile_config("down", dtype, device, block_m), hidden_size)
+    tables = layout_tables(layout, device)
     launch = Launcher(
         grouped_gemm_down_fwd_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
         EVEN_K=divides_widths(config.BLOCK_K, layout), EVEN_N=hidden_size % config.BLOCK_N == 0, BLOCK_M=block_m,

@@ -25,6 +25,7 @@ from triton_moe.kernels.config import (
     LayoutTables,
     cdiv,
     divides_widths,
+    fitted,
     input_precision,
     layout_tables,
     rows_contiguous,
@@ -97,6 +98,7 @@ def grouped_gemm_dh_kernel(
             tl.store(sums, sum_of_rows(dgate, exists, sums), mask=cols < width)
             if GATED:
                 tl.store(sums + max_width, sum_of_rows(dup, exists, sums), mask=cols < width)
+    slots = tl.load(row_to_slot + first_row + local)  # once more, for they would not stay in registers
     tl.store(dweights_partial + slots.to(tl.int64) * num_tiles_n + tile_n, dweight, mask=exists)
 
 
@@ -185,7 +187,11 @@ _SLOTS = 128
 
 
 _EPILOGUE_N = 64
-"""Columns up to which dh holds a tile's pre-activation and gradient at once; wider tiles go in two pieces."""
+"""Columns up to which dh holds a tile's pre-activation and gradient at once; wider tiles go in pieces of so many."""
+
+
+_UNPIPELINED_TILE = {"BLOCK_N": 128, "num_warps": 8}
+"""Where H is no multiple of 16: Triton loads single numbers then, into registers, of which more warps have fewer."""
 
 
 @cached_launcher
@@ -193,11 +199,14 @@ def _dh_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
     """-> launcher, the layout's tables, columns of a tile."""
-    config, tables = tile_config("dh_gated" if gated else "dh", dtype, device), layout_tables(layout, device)
+    config = fitted(tile_config("dh_gated" if gated else "dh", dtype, device), *layout.widths)
+    if hidden_size % 16 and config.num_warps > _UNPIPELINED_TILE["num_warps"]:
+        config = config._replace(**_UNPIPELINED_TILE)
+    tables = layout_tables(layout, device)
     launch = Launcher(
         grouped_gemm_dh_kernel, **options, GATED=gated, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
         EVEN_K=hidden_size % config.BLOCK_K == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
-        PIECES=2 if config.BLOCK_N > _EPILOGUE_N else 1, **config._asdict(),
+        PIECES=cdiv(config.BLOCK_N, _EPILOGUE_N), **config._asdict(),
     )  # fmt: skip
     return launch, tables, config.BLOCK_N
 

@@ -113,14 +113,39 @@ def tile_dot(
 
 
 @triton.jit
+def chained_dot(
+    acc, a_rows, a_pitch, b, b_up, b_cols, col_mask, size, a_size, stride_bk,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`tile_dot` of a_rows and b, then of a_rows + a_pitch and b_up, in one loop: between two the pipeline would run
+    empty. b and b_up are pointers, and b_cols 64-bit places from either."""
+    offs_k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_rows[:, None] + offs_k[None, :]
+    b_places = b_cols[None, :] + offs_k[:, None] * stride_bk
+    lost = tl.zeros_like(acc)
+    num_blocks = tl.cdiv(size, BLOCK_K)
+    for block in range(0, 2 * num_blocks):
+        k = tl.where(block < num_blocks, block, block - num_blocks) * BLOCK_K
+        a = tl.load(a_ptrs) if EVEN_K else tl.load(a_ptrs, mask=offs_k[None, :] < a_size - k, other=0)
+        b_ptrs = tl.where(block < num_blocks, b, b_up) + b_places
+        acc, lost = accumulate(
+            acc, lost, a, load_b(b_ptrs, offs_k, size - k, col_mask, EVEN_K, EVEN_N), INPUT_PRECISION
+        )
+        back = tl.where(block + 1 == num_blocks, num_blocks * BLOCK_K, 0)
+        a_ptrs += BLOCK_K - back + tl.where(block + 1 == num_blocks, a_pitch, 0)
+        b_places += (BLOCK_K - back).to(tl.int64) * stride_bk
+    return acc
+
+
+@triton.jit
 def piece_of(tile, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """The tile itself, or one of two halves of its columns: in an accumulator both are the same threads'."""
+    """One of PIECES equal spans of the tile's columns, a power of two of them."""
     if PIECES == 1:
         return tile
     else:
-        tl.static_assert(PIECES == 2)
         left, right = tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), (0, 2, 1)))
-        return left if PIECE == 0 else right
+        HALF: tl.constexpr = PIECES // 2
+        return piece_of(left, PIECE, HALF) if PIECE < HALF else piece_of(right, PIECE - HALF, HALF)
 
 
 @triton.jit
