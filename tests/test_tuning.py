@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from triton_moe import products, tune
 from triton_moe.kernels import tuning
+from triton_moe.kernels.config import fitted
 from triton_moe.kernels.hopper.launch import fits
 from triton_moe.kernels.tuning import PipelineConfig, TileConfig
 from triton_moe.products import Shape
@@ -141,7 +142,14 @@ def test_a_few_tokens_are_decoding() -> None:
         "decode_up_gated": "up",
         "decode_down": "down",
     }
-    assert "up_gated" in tune.kernels_for(SHAPE, torch.bfloat16, torch.device("cpu"))
+    many = tune.kernels_for(SHAPE, torch.bfloat16, torch.device("cpu"))
+    assert many == {"up_gated": "up", "down": "down", "dh_gated": "dh", "dw": "dw2", "dw_pair": "dw1"}
+
+
+def test_wide_tiles_only_where_they_leave_nothing_over() -> None:
+    wide, narrow = TileConfig(256, 64, 16, 4), TileConfig(128, 64, 16, 4)
+    assert fitted(wide, 256, 0, 1024) == wide
+    assert fitted(wide, 256, 384) == fitted(narrow, 256) == narrow
 
 
 @pytest.mark.parametrize("kernel", ["decode_up_gated", "decode_down"])
@@ -191,7 +199,7 @@ def test_search_for_decoding(kernel: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_table")
-@pytest.mark.parametrize("kernel", ["up_gated", "down", "dh_gated", "dw", "hopper_up", "hopper_dw"])
+@pytest.mark.parametrize("kernel", ["up_gated", "down", "dh_gated", "dw", "dw_pair", "hopper_up", "hopper_dw"])
 def test_search(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times what fits, puts what was in force back, and leaves out what cannot run."""
     device = torch.device("cuda", torch.cuda.current_device())

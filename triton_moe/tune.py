@@ -31,7 +31,7 @@ PRODUCTS = {"up": "up", "down": "down", "dh": "dh", "dw": "dw1"}
 """Kernel -> the product that it is timed on."""
 TILES = (
     *(TileConfig(n, k, w, s) for n, k, w, s in itertools.product((64, 128), (32, 64), (4, 8), (3, 4, 5))),
-    *(TileConfig(256, k, 8, s) for k, s in itertools.product((32, 64), (3, 4))),
+    *(TileConfig(256, k, w, s) for k, w, s in itertools.product((32, 64), (8, 16), (3, 4))),
 )
 DECODE_TILES = tuple(TileConfig(n, k, 4, s) for n, k, s in itertools.product((32, 64, 128), (64, 128), (3, 4, 5)))
 PIPELINES = tuple(
@@ -65,6 +65,8 @@ def kernels_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
     names = {f"{kernel}_gated" if kernel in gated else kernel: product for kernel, product in PRODUCTS.items()}
     if fits(shape.hidden_size, dtype, device):
         names |= {f"hopper_{'up' if name == 'up_gated' else name}": product for name, product in names.items()}
+    if gated:
+        names |= {"dw": "dw2", "dw_pair": "dw1"}
     return names
 
 

@@ -260,12 +260,13 @@ def grouped_gemm_dh(
 
 @cached_launcher
 def _dw_launcher(
-    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, **options: Any
+    layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, wanted: int, **options: Any
 ) -> tuple[Launcher, LayoutTables, int, int]:
     """-> launcher, the layout's tables, row tiles and column tiles of the widest expert's gradient."""
-    config, tables = tile_config("dw", dtype, device), layout_tables(layout, device)
+    config = fitted(tile_config("dw_pair" if wanted == 2 else "dw", dtype, device), *layout.widths)
+    tables = layout_tables(layout, device)
     launch = Launcher(
-        grouped_gemm_dw_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
+        grouped_gemm_dw_kernel, WANTED=wanted, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
         EVEN_M=hidden_size % BLOCK_M == 0, EVEN_N=divides_widths(config.BLOCK_N, layout), BLOCK_M=BLOCK_M,
         **config._asdict(),
     )  # fmt: skip
@@ -288,8 +289,8 @@ def grouped_gemm_dw(
         hopper.dw(x, d, wanted, routing, num_parts, first_part)
         return
     launch, tables, num_tiles_m, num_tiles_n = _dw_launcher(
-        routing.layout, hidden_size, x.dtype, x.device, TOP_K=routing.top_k, GATHER=gathered, PARTS=num_parts,
-        FIRST=first_part, WANTED=len(wanted), INPUT_PRECISION=input_precision(x.dtype, x.device),
+        routing.layout, hidden_size, x.dtype, x.device, len(wanted), TOP_K=routing.top_k, GATHER=gathered,
+        PARTS=num_parts, FIRST=first_part, INPUT_PRECISION=input_precision(x.dtype, x.device),
     )  # fmt: skip
     launch(
         (routing.layout.num_experts * num_tiles_m * len(wanted) * num_tiles_n,), x, d, wanted[0], wanted[-1],
