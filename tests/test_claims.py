@@ -53,8 +53,8 @@ def test_the_peak_is_sonic_moes(case: str) -> None:
     [("128x256_top8", 1.2), ("32x1024_top2", 1.2), ("128x768_top8_h2048", 1.2), ("128x1024_top8_h4096", 1.15)],
 )
 def test_portable_kernels_lead_scattermoe(case: str, least: float) -> None:
-    """By the 1.2 times that were asked; with H = 4096 that is missed on an H200, as the README says."""
-    mine, its = newest(MOE, (case, "triton_moe_portable"), (case, "scattermoe"))
+    """By the 1.2 times that were asked of an H200; with H = 4096 that is missed there, as the README says."""
+    mine, its = newest([row for row in MOE if row["gpu"] == "NVIDIA H200"], (case, "triton_moe_portable"), (case, "scattermoe"))
     assert float(its["step_ms"]) >= least * float(mine["step_ms"])
 
 
