@@ -37,7 +37,9 @@ from triton_moe.testing import BIASES, Case, check_against_oracle, make_inputs, 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_PROFILES = 2 * len(DTYPES) * len(ACTIVATIONS)
 HIDDEN_SIZES = ((16, 48, 80, 112), tuple(range(1, 128, 2)), (64,), (8, 24, 40, 72, 104), (128,), (1, 2, 3, 4))
-WIDTH_STEPS = (1, 16, 8, 1, 256)
+WIDE_STEP, WIDE_HIDDEN_SIZES = 128, (72, 128, 256)
+"""A step that is also doubled, and the H that go with it: they take a kernel's widest tiles, and the next ones."""
+WIDTH_STEPS = (1, 16, 8, 1, WIDE_STEP)
 NUM_EXPERTS = (1, 2, 3, 4, 6, 9, 16, 24)
 MAX_WIDTH = 160
 ROUTINGS = (*("random",) * 5, *("dropped",) * 2, "repeated", "one expert", "idle expert", "all dropped")
@@ -70,6 +72,8 @@ def draw(seed: int, max_tokens: int = 300) -> Draw:
     transposed = (of_profile.random() < 0.5, of_profile.random() < 0.5)
     weights_dtype = of_profile.choice((torch.float32, dtype))
     num_experts = rng.choice([count for count in NUM_EXPERTS if count >= top_k])
+    if step == WIDE_STEP:
+        hidden_sizes, step = WIDE_HIDDEN_SIZES, step * rng.choice((1, 2))
     widths = [step * rng.randint(0, max(1, MAX_WIDTH // step)) for _ in range(num_experts)]
     widths[rng.randrange(num_experts)] = step
     # One pre-activation in ten million changes its sign between two orders of summation, and relu's gradient jumps.

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from operators import inputs_for
 from triton_moe import moe_mlp, reference
-from triton_moe.activations import ACTIVATIONS, is_gated
+from triton_moe.activations import ACTIVATIONS
+from triton_moe.kernels import grouped_gemm_bwd
+from triton_moe.kernels.config import narrowed, tile_config
+from triton_moe.kernels.tuning import forget
 from triton_moe.testing import (
     BIASES,
     CASES,
@@ -207,12 +210,25 @@ def test_seed_cases(case: Case, device: str, dtype: torch.dtype) -> None:
     check_against_oracle(kernels, inputs_for(case, dtype, device))
 
 
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_an_epilogue_in_pieces(activation: str, pieces: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = narrowed(tile_config("dh", torch.float16, torch.device(device)), 1)
+    monkeypatch.setattr(grouped_gemm_bwd, "_EPILOGUE_N", tile.BLOCK_N // pieces)
+    case = Case(21, 24, (16, 5, 0, 33), 3, activation, bias=True, reason="a tile finished in pieces")
+    forget()
+    try:
+        check_against_oracle(kernels, inputs_for(case, torch.float16, device))
+    finally:
+        forget()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_widths_that_fill_wide_tiles(activation: str, dtype: torch.dtype) -> None:
-    for hidden_size in (192, 200):  # of 200 no load is known to be aligned
-        case = Case(300, hidden_size, (256, 512, 0, 256), 2, activation, bias=is_gated(activation), reason="wide tiles")
+    for hidden_size, bias in ((256, False), (200, True)):  # of 200 no load is known to be aligned
+        case = Case(300, hidden_size, (256, 512, 0, 256), 2, activation, bias=bias, reason="wide tiles")
         inputs = inputs_for(case, dtype, "cuda")
         with poison_empty():
             check_against_oracle(kernels, inputs)

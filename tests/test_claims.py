@@ -49,12 +49,21 @@ def test_the_peak_is_sonic_moes(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "least"),
-    [("128x256_top8", 1.2), ("32x1024_top2", 1.2), ("128x768_top8_h2048", 1.2), ("128x1024_top8_h4096", 1.15)],
+    ("gpu", "case", "least"),
+    [
+        ("NVIDIA H200", "128x256_top8", 1.2),
+        ("NVIDIA H200", "32x1024_top2", 1.2),
+        ("NVIDIA H200", "128x768_top8_h2048", 1.2),
+        ("NVIDIA H200", "128x1024_top8_h4096", 1.15),
+        ("NVIDIA H100 80GB HBM3", "128x256_top8", 1.6),
+        ("NVIDIA H100 80GB HBM3", "128x768_top8_h2048", 1.4),
+        ("NVIDIA H100 80GB HBM3", "128x1024_top8_h4096", 1.3),
+    ],
 )
-def test_portable_kernels_lead_scattermoe(case: str, least: float) -> None:
+def test_portable_kernels_lead_scattermoe(gpu: str, case: str, least: float) -> None:
     """By the 1.2 times that were asked of an H200; with H = 4096 that is missed there, as the README says."""
-    mine, its = newest([row for row in MOE if row["gpu"] == "NVIDIA H200"], (case, "triton_moe_portable"), (case, "scattermoe"))
+    of_gpu = [row for row in MOE if row["gpu"] == gpu]
+    mine, its = newest(of_gpu, (case, "triton_moe_portable"), (case, "scattermoe"))
     assert float(its["step_ms"]) >= least * float(mine["step_ms"])
 
 

@@ -16,8 +16,8 @@ def describe(name, kernel, options):
     unrounded = name.startswith("grouped_gemm") and precision == "high" and not rounds
     # A gathered row's index, if it were a part of the pipeline, would take half of its stages; an operand whose
     # address were not known to be a multiple of 16 bytes would have none.
-    deep = re.findall(f"memdesc<{options.get('num_stages')}x[0-9]+x[0-9]+x", kernel.asm["ttgir"])
-    shallow = name.startswith("grouped_gemm") and len(widths) == 2 and len(set(deep)) < (1 if "_dw_" in name else 2)
+    deep = re.findall(rf"local_alloc .*memdesc<{options.get('num_stages')}x[0-9]+x[0-9]+x", kernel.asm["ttgir"])
+    shallow = name.startswith("grouped_gemm") and len(widths) == 2 and len(deep) < 2
     wgmma = ptx.count("wgmma.mma_async")
     return name, kernel.metadata.shared, wgmma, narrow if odd_widths else 0, unrounded, shallow
 

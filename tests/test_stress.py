@@ -1,5 +1,6 @@
 """The searches for rare faults, on the CPU: random draws and the long training loop see what they are there to see."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tables import rows_of
 
 from operators import zeros
 from triton_moe import moe_mlp
+from triton_moe.activations import is_gated
 from triton_moe.kernels.hopper import launch
 
 
@@ -59,6 +61,17 @@ def test_soak_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_draw_is_its_seed() -> None:
     assert stress.draw(12345) == stress.draw(12345)
     assert stress.draw(12345) != stress.draw(12345 + stress.NUM_PROFILES)
+
+
+def test_draws_reach_the_widest_tiles() -> None:
+    """In 16 bits, with a gate and without: those across widths, across H, both and neither."""
+    kinds = set()
+    for seed in range(20 * stress.NUM_PROFILES):
+        given = stress.draw(seed)
+        wide = math.gcd(256, *given.case.widths) == 256, given.case.hidden_size % 256 == 0
+        if given.dtype.itemsize == 2 and given.case.hidden_size % 16 == 0:
+            kinds.add((is_gated(given.case.activation), *wide))
+    assert kinds == set(itertools.product((False, True), repeat=3))
 
 
 def test_fitted_draws_fit_the_hopper_kernels() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from triton_moe import products, tune
 from triton_moe.kernels import tuning
-from triton_moe.kernels.config import fitted
+from triton_moe.kernels.config import narrowed
 from triton_moe.kernels.hopper.launch import fits
 from triton_moe.kernels.tuning import PipelineConfig, TileConfig
 from triton_moe.products import Shape
@@ -148,15 +148,19 @@ def test_a_few_tokens_are_decoding() -> None:
 
 def test_wide_tiles_only_where_they_leave_nothing_over() -> None:
     wide, narrow = TileConfig(256, 64, 16, 4), TileConfig(128, 64, 16, 4)
-    assert fitted(wide, 256, 0, 1024) == wide
-    assert fitted(wide, 256, 384) == fitted(narrow, 256) == narrow
+    assert narrowed(wide, 256, 0, 1024) == wide
+    assert narrowed(wide, 256, 384) == narrowed(narrow, 256) == narrow
+    mixed = Shape(256, 256, ExpertLayout((256, 384)), 2, "swiglu")
+    assert wide in tune.candidates("down", "down", mixed)
+    assert wide not in tune.candidates("dh_gated", "dh", mixed)
+    assert narrow._replace(num_warps=8) in tune.candidates("dh_gated", "dh", mixed)
 
 
 @pytest.mark.parametrize("kernel", ["decode_up_gated", "decode_down"])
 def test_decodings_products_are_those_of_training(kernel: str, device: str) -> None:
     few, product = dataclasses.replace(SHAPE, num_tokens=9), "up" if "up" in kernel else "down"
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
-    backend, make_routing, _ = tune._ways(kernel)
+    backend, make_routing = tune._way(kernel)
     made = products.products(few, backend, dtype, torch.device(device), make_routing)[product]
     expected = products.products(few, "triton", dtype, torch.device(device))[product]
     assert products.disagreement(made, expected) < products.TOLERANCE

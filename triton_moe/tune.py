@@ -18,7 +18,7 @@ from triton.testing import do_bench
 
 from triton_moe import MoEConfig
 from triton_moe.activations import is_gated
-from triton_moe.kernels.config import capability
+from triton_moe.kernels.config import capability, narrowed
 from triton_moe.kernels.decode import is_few, route_few
 from triton_moe.kernels.hopper.launch import fits
 from triton_moe.kernels.route import route
@@ -70,15 +70,21 @@ def kernels_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
     return names
 
 
-def _ways(
-    kernel: str,
-) -> tuple[str, Callable[[Tensor, ExpertLayout, bool], Routing], Sequence[TileConfig | PipelineConfig]]:
-    """-> the backend and the routing of `products`, the configurations to try."""
-    if kind_of(kernel) is PipelineConfig:
-        return "hopper", route, PIPELINES
+def _way(kernel: str) -> tuple[str, Callable[[Tensor, ExpertLayout, bool], Routing]]:
+    """-> the backend and the routing of `products`."""
     if kernel.startswith("decode_"):
-        return "triton", lambda ids, layout, _: route_few(ids, layout), DECODE_TILES
-    return "triton", route, TILES
+        return "triton", lambda ids, layout, _: route_few(ids, layout)
+    return "hopper" if kind_of(kernel) is PipelineConfig else "triton", route
+
+
+def candidates(kernel: str, product: str, shape: Shape) -> Sequence[TileConfig | PipelineConfig]:
+    """The configurations to try: no wide tile of which this shape would run half."""
+    if kind_of(kernel) is PipelineConfig:
+        return PIPELINES
+    if kernel.startswith("decode_"):
+        return DECODE_TILES
+    columns = (shape.hidden_size,) if product == "down" else shape.layout.widths
+    return [tile for tile in TILES if narrowed(tile, *columns) == tile]
 
 
 def _milliseconds(product: Product) -> float:
@@ -102,14 +108,14 @@ def search(
     kernel: str, product: str, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[TileConfig | PipelineConfig, float | None]]:
     """Each configuration and its milliseconds, None if it does not fit or is wrong. The one in force comes first."""
-    backend, make_routing, candidates = _ways(kernel)
+    backend, make_routing = _way(kernel)
     made = products(shape, backend, dtype, device, make_routing)[product]
     expected = products(shape, "triton", dtype, device)[product]
     expected.call()
     truth = [tensor.clone() for tensor in expected.result()]
     known = dataclasses.replace(expected, call=lambda: None, filled=lambda: truth, read=list)
     with _restored(kernel, device) as before:
-        for config in dict.fromkeys((before, *candidates)):
+        for config in dict.fromkeys((before, *candidates(kernel, product, shape))):
             configure(kernel, capability(device), config)
             try:
                 for tensor in made.filled():
@@ -133,7 +139,7 @@ def best_of(
     In a search one runs after the other, on a device whose clock changes; so those that were nearly as fast as the
     fastest run once more, in turns. The one in force stays unless another is faster by more than chance.
     """
-    backend, make_routing, _ = _ways(kernel)
+    backend, make_routing = _way(kernel)
     made = products(shape, backend, dtype, device, make_routing)[product]
     limit = _NEARLY * min(found.values())
     times: dict[TileConfig | PipelineConfig, list[float]] = {config: [] for config in found if found[config] <= limit}

@@ -100,8 +100,8 @@ _WIDE_N = 256
 """Columns of a tile that is worth its size where it leaves nothing over; elsewhere one of half of them is."""
 
 
-def fitted(config: TileConfig, *columns: int) -> TileConfig:
-    """The configuration for products of so many columns."""
+def narrowed(config: TileConfig, *columns: int) -> TileConfig:
+    """The configuration for products of so many columns, a number each: itself, or with half of a wide tile."""
     if config.BLOCK_N == _WIDE_N > math.gcd(_WIDE_N, *columns):
         return config._replace(BLOCK_N=_WIDE_N // 2)
     return config

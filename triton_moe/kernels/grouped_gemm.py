@@ -20,9 +20,9 @@ from triton_moe.kernels.config import (
     LayoutTables,
     cdiv,
     divides_widths,
-    fitted,
     input_precision,
     layout_tables,
+    narrowed,
     rows_contiguous,
     tile_config,
     with_strides_of,
@@ -175,7 +175,7 @@ def _down_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, block_m: int, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
     """-> launcher, the layout's tables, column tiles of a row."""
-    config = fitted(tile_config("down", dtype, device, block_m), hidden_size)
+    config = narrowed(tile_config("down", dtype, device, block_m), hidden_size)
     tables = layout_tables(layout, device)
     launch = Launcher(
         grouped_gemm_down_fwd_kernel, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,

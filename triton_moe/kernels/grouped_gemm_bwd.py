@@ -25,9 +25,9 @@ from triton_moe.kernels.config import (
     LayoutTables,
     cdiv,
     divides_widths,
-    fitted,
     input_precision,
     layout_tables,
+    narrowed,
     rows_contiguous,
     tile_config,
 )
@@ -190,8 +190,9 @@ _EPILOGUE_N = 64
 """Columns up to which dh holds a tile's pre-activation and gradient at once; wider tiles go in pieces of so many."""
 
 
-_UNPIPELINED_TILE = {"BLOCK_N": 128, "num_warps": 8}
-"""Where H is no multiple of 16: Triton loads single numbers then, into registers, of which more warps have fewer."""
+_UNPIPELINED_N, _UNPIPELINED_WARPS = 128, 8
+"""At most, where H is no multiple of 16: Triton loads single numbers then, into registers, of which more warps have
+fewer."""
 
 
 @cached_launcher
@@ -199,9 +200,9 @@ def _dh_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, gated: bool, **options: Any
 ) -> tuple[Launcher, LayoutTables, int]:
     """-> launcher, the layout's tables, columns of a tile."""
-    config = fitted(tile_config("dh_gated" if gated else "dh", dtype, device), *layout.widths)
-    if hidden_size % 16 and config.num_warps > _UNPIPELINED_TILE["num_warps"]:
-        config = config._replace(**_UNPIPELINED_TILE)
+    config = narrowed(tile_config("dh_gated" if gated else "dh", dtype, device), *layout.widths)
+    if hidden_size % 16 and config.num_warps > _UNPIPELINED_WARPS:
+        config = config._replace(BLOCK_N=min(config.BLOCK_N, _UNPIPELINED_N), num_warps=_UNPIPELINED_WARPS)
     tables = layout_tables(layout, device)
     launch = Launcher(
         grouped_gemm_dh_kernel, **options, GATED=gated, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
@@ -263,7 +264,7 @@ def _dw_launcher(
     layout: ExpertLayout, hidden_size: int, dtype: torch.dtype, device: torch.device, wanted: int, **options: Any
 ) -> tuple[Launcher, LayoutTables, int, int]:
     """-> launcher, the layout's tables, row tiles and column tiles of the widest expert's gradient."""
-    config = fitted(tile_config("dw_pair" if wanted == 2 else "dw", dtype, device), *layout.widths)
+    config = narrowed(tile_config("dw_pair" if wanted == 2 else "dw", dtype, device), *layout.widths)
     tables = layout_tables(layout, device)
     launch = Launcher(
         grouped_gemm_dw_kernel, WANTED=wanted, **options, WIDTH_ALIGN=tables.width_align, ALIGNMENT=RAGGED_ALIGNMENT,
