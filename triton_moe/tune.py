@@ -65,7 +65,7 @@ def kernels_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
     names = {f"{kernel}_gated" if kernel in gated else kernel: product for kernel, product in PRODUCTS.items()}
     if fits(shape.hidden_size, dtype, device):
         names |= {f"hopper_{'up' if name == 'up_gated' else name}": product for name, product in names.items()}
-    if gated:
+    if gated:  # the gradients of w1 and w3 together have a row of their own
         names |= {"dw": "dw2", "dw_pair": "dw1"}
     return names
 
