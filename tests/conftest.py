@@ -4,6 +4,7 @@ import functools
 import os
 from collections import defaultdict
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +60,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog, and round and round it goes.\n" * 40)
+    return path

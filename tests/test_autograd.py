@@ -380,6 +380,8 @@ def test_split_gives_each_experts_own_matrix() -> None:
     assert not layer.w1[:, layer.layout.columns(2)].any()
     with pytest.raises(ValueError, match=r"packed: expected 117 along dim 0, got shape \(32, 117\)"):
         layer.layout.split(layer.w1, dim=0)
+    with pytest.raises(ValueError, match=r"packed: expected a tensor, got None"):
+        layer.layout.split(None, dim=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"packed: expected 8 along dim 2"):
         ExpertLayout((8,)).split(layer.w1, dim=2)
 

@@ -1,6 +1,6 @@
 """CUDA graphs: captured once, replayed with new tokens that go to other experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,13 +14,15 @@ from triton_moe import GroupLimit, MoEConfig, MoEMLP
 pytestmark = pytest.mark.gpu
 
 T, H = 300, 64
+SIZES = [(4, 64), (2, 24), (1, 0)]
+ROUTED_BY_PYTORCH = {"load_balance": "sequence"}, {"groups": GroupLimit(7, 7, 1)}, {"sizes": [(513, 8)]}
 LOSSES = ("router_z_loss", "load_balance_loss", "compute_loss")
 
 
-def make_layer(**changes: object) -> MoEMLP:
+def make_layer(sizes: Sequence[tuple[int, int]] = SIZES, **changes: object) -> MoEMLP:
     torch.manual_seed(0)
     options = {"activation": "swiglu", **changes}
-    config = MoEConfig([(4, 64), (2, 24), (1, 0)], 2, H, **options)  # type: ignore[arg-type]
+    config = MoEConfig(sizes, 2, H, **options)  # type: ignore[arg-type]
     return MoEMLP(config, device="cuda", dtype=torch.bfloat16)
 
 
@@ -42,11 +44,8 @@ def clear(layer: MoEMLP, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "changes", [{}, {"weights_scale": 2.5}, {"load_balance": "sequence"}, {"groups": GroupLimit(7, 7, 1)}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"weights_scale": 2.5}, *ROUTED_BY_PYTORCH], ids=str)
 def test_forward(changes: dict, backend: str) -> None:
-    """Where PyTorch routes, too."""
     layer, x = make_layer(backend=backend, **changes), tokens(0)
     with torch.no_grad():
         graph, (out, aux, f) = captured(lambda: layer(x))
@@ -63,8 +62,9 @@ def test_forward(changes: dict, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_forward_and_backward(backend: str) -> None:
-    layer, x, dout = make_layer(backend=backend), tokens(0).requires_grad_(), tokens(100)
+@pytest.mark.parametrize("changes", [{}, *ROUTED_BY_PYTORCH], ids=str)
+def test_forward_and_backward(changes: dict, backend: str) -> None:
+    layer, x, dout = make_layer(backend=backend, **changes), tokens(0).requires_grad_(), tokens(100)
 
     def whole() -> Tensor:
         clear(layer, x)

@@ -1,6 +1,7 @@
 """Experts behind a router of one's own, a shared expert beside the routed ones, null experts with one logit."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -106,6 +107,37 @@ def test_a_layer_with_biases(activation: str) -> None:
 def test_an_unknown_option() -> None:
     with pytest.raises(TypeError, match="options: expected backend, activation_memory and recompute, got top_k"):
         Experts(LAYOUT, H, top_k=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Experts([(4, 8)], H), r"layout: expected an ExpertLayout, got \[\(4, 8\)\]"),  # type: ignore[arg-type]
+        (lambda: Experts(LAYOUT, 0), "hidden_size: expected an integer of 1 or more, got 0"),
+        (lambda: Experts(LAYOUT, 16.0), "hidden_size: expected an integer of 1 or more, got 16.0"),  # type: ignore[arg-type]
+        (lambda: Experts(LAYOUT, H, bias="none"), "bias: expected one of True, False, got 'none'"),  # type: ignore[arg-type]
+        (lambda: Experts(LAYOUT, H, backend="tritn"), "backend: expected one of auto, .*, got 'tritn'"),
+        (lambda: Experts(LAYOUT, H, recompute="no"), "recompute: expected one of True, False, got 'no'"),
+        (lambda: DenseMLP(H, 0), "width: expected an integer of 1 or more, got 0"),
+        (lambda: DenseMLP(-1, 8), "hidden_size: expected an integer of 1 or more, got -1"),
+        (lambda: MoEMLP({"hidden_size": H}), "config: expected a MoEConfig, got {'hidden_size'"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_built(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        build()
+
+
+def test_modules_from_the_meta_device() -> None:
+    """By the method that PyTorch's own modules have, each of them."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(H, H), DenseMLP(H, 8, "swiglu"), Experts(LAYOUT, H, bias=True))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    for module in model:
+        module.reset_parameters()  # type: ignore[operator]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

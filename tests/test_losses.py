@@ -68,11 +68,39 @@ def test_sequence_load_balance_loss_is_its_definition(layout, sequence_length):
     for first in range(0, 12, sequence_length):
         own = ids[first : first + sequence_length].flatten().tolist()
         f = [own.count(e) / len(own) for e in range(layout.num_experts)]
-        rows = probs[first : first + sequence_length].tolist()
+        rows = [[p / sum(row) for p in row] for row in probs[first : first + sequence_length].tolist()]
         losses.append(_load_balance_by_definition(rows, f, layout.widths))
     for dtype in (torch.int32, torch.int64):
         loss = sequence_load_balance_loss(probs, ids.to(dtype), sequence_length, layout)
         assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+
+
+def test_even_sequences_pull_at_no_score():
+    """Whatever the scores, which as sigmoids add up to any number."""
+    layout, ids = ExpertLayout((8,) * 6), torch.arange(12).view(6, 2) % 6
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    loss = sequence_load_balance_loss(logits.sigmoid(), ids, 3, layout)
+    assert loss.item() == pytest.approx(1)
+    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, f, ids, layout: router_z_loss(p[None]), r"logits: expected \(T, E\), got shape \(1, 6, 4\)"),
+        (lambda p, f, ids, layout: load_balance_loss(p[None], f, layout), r"probs: expected \(T, 4\) or \(4,\), got"),
+        (lambda p, f, ids, layout: load_balance_loss(p, f[:3], layout), r"f: expected \(4,\), got shape \(3,\)"),
+        (lambda p, f, ids, layout: compute_loss(p[:, :3], layout), r"probs: .*, got shape \(6, 3\)"),
+        (lambda p, f, ids, layout: sequence_load_balance_loss(p[0], ids, 2, layout), r"topk_ids: expected \(T, K\)"),
+        (lambda p, f, ids, layout: sequence_load_balance_loss(p, ids[:5], 2, layout), "topk_ids: .*, got shape"),
+        (lambda p, f, ids, layout: sequence_load_balance_loss(p, ids, 4, layout), "sequence_length: .* T = 6, got 4"),
+        (lambda p, f, ids, layout: sequence_load_balance_loss(p, ids, True, layout), "sequence_length: .*, got True"),
+    ],
+)
+def test_shapes_that_would_mean_something_else(call, message):
+    layout = ExpertLayout((8,) * 4)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(*_scores(layout, T=6), _choices(layout, 6), layout)
 
 
 def test_sequence_load_balance_loss_without_tokens():

@@ -68,7 +68,7 @@ def test_matches_the_definition(
     router: str, normalize: bool, T: int, K: int, scale: float, device: str, dtype: torch.dtype
 ) -> None:
     x, weight = tensors(T, dtype, device)
-    options: dict[str, Any] = {"router": router, "normalize_weights": normalize, "scale": scale}
+    options: dict[str, Any] = {"router": router, "normalize_weights": normalize, "weights_scale": scale}
 
     def ours(x: Tensor, weight: Tensor) -> RouterOutput:
         return route_tokens(x, weight, layout=LAYOUT, num_active_experts=K, backend="triton", **options)
@@ -247,9 +247,11 @@ def test_without_aux_losses_they_are_zero(device: str) -> None:
         ({"num_active_experts": 1.0}, f"num_active_experts: expected 1 <= K <= E = {E}, got 1.0"),
         ({"normalize_weights": 1}, "normalize_weights: expected True or False, got 1"),
         ({"aux_losses": "no"}, "aux_losses: expected True or False, got 'no'"),
-        ({"scale": "2"}, "scale: expected a finite number, got '2'"),
-        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        ({"weights_scale": "2"}, "weights_scale: expected a finite number, got '2'"),
+        ({"weights_scale": float("nan")}, "weights_scale: expected a finite number, got nan"),
         ({"sequence_length": 2}, "sequence_length: expected a divisor of T = 3, got 2"),
+        ({"sequence_length": 3.0}, "sequence_length: expected a divisor of T = 3, got 3.0"),
+        ({"groups": (2, 1)}, r"groups: expected a GroupLimit or None, got \(2, 1\)"),
         ({"router": "tanh"}, "router: expected one of sigmoid, softmax, got 'tanh'"),
         ({"backend": "cuda"}, "backend: expected one of auto, hopper, triton, torch, got 'cuda'"),
     ],

@@ -167,12 +167,46 @@ def test_softmax_over_the_chosen_is_a_normalised_softmax():
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_scale(normalize):
+def test_weights_scale(normalize):
     x, weight = _tensors()
     plain, scaled = (
-        choose_experts(x, weight, num_active_experts=2, normalize_weights=normalize, scale=scale) for scale in (1, 2.5)
+        choose_experts(x, weight, num_active_experts=2, normalize_weights=normalize, weights_scale=scale)
+        for scale in (1, 2.5)
     )
     torch.testing.assert_close(scaled.topk_weights, 2.5 * plain.topk_weights)
+
+
+@pytest.mark.parametrize(
+    ("K", "groups", "message"),
+    [
+        (9, None, "num_active_experts: expected 1 to E = 8, got 9"),
+        (0, None, "num_active_experts: expected 1 to E = 8, got 0"),
+        (4, GroupLimit(4, 1), "num_active_groups: expected room for K = 4 experts in at most 4 groups of 2, got 1"),
+        (2, GroupLimit(3, 1), "num_groups: expected a divisor of E = 8, got 3"),
+    ],
+)
+def test_more_than_there_are_to_choose(K, groups, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        select_experts(torch.rand(3, 8), K, groups=groups)
+
+
+@pytest.mark.parametrize("value", [2.0, "2", True, None, 0])
+@pytest.mark.parametrize("name", ["num_groups", "num_active_groups", "num_scores"])
+def test_groups_are_counted_in_integers(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected an integer of 1 or more, got {value!r}"):
+        GroupLimit(**{"num_groups": 2, "num_active_groups": 1, name: value})
+
+
+def test_a_null_row_too_many():
+    with pytest.raises(ValueError, match=r"^weight: expected 3 rows, the last for all null experts, got 4"):
+        expand_null_row(torch.randn(4, 6), ExpertLayout((8, 8, 0, 0)))
+
+
+def test_logits_under_torch_func():
+    x, weight = _tensors(dtype=torch.float64)
+    dlogits = torch.randn(7, 5, dtype=torch.float64)
+    dweight = torch.func.grad(lambda w: (router_logits(x, w) * dlogits).sum())(weight)
+    torch.testing.assert_close(dweight, dlogits.T @ x)
 
 
 @pytest.mark.parametrize("widths", [(8, 8, 0, 0), (0, 8, 0, 0, 5, 0), (0, 3)])

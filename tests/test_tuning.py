@@ -136,6 +136,27 @@ def test_bad_requests(option: str, value: str, message: str, monkeypatch: pytest
         )
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("nowhere/tuning.json", "out: expected a file in a folder that exists, got nowhere/tuning.json"),
+        ("text.txt", "text.txt: expected a tuning table as `triton-moe tune` writes it"),
+        (".", "expected a tuning table as `triton-moe tune` writes it"),
+    ],
+)
+def test_where_no_row_can_go(out: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is said before the search."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("not a table")
+    device = torch.device("cpu")
+    monkeypatch.setattr(tune, "request", lambda *_: (SHAPE, torch.bfloat16, device))
+    monkeypatch.setattr(tune, "kernels_for", lambda *_: {"up": []})
+    monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched"))
+    result = CliRunner().invoke(app, ["tune", "--out", out], env={"COLUMNS": "300", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def test_a_few_tokens_are_decoding() -> None:
     few = dataclasses.replace(SHAPE, num_tokens=32)
     assert tune.kernels_for(few, torch.bfloat16, torch.device("cpu")) == {

@@ -57,9 +57,10 @@ class BiasBalancing:
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("speed", "kappa"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
-        if not 0 <= self.beta < 1:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected 0 or more, got {value!r}")
+        if not isinstance(self.beta, (int, float)) or not 0 <= self.beta < 1:
             raise ValueError(f"beta: expected 0 <= beta < 1, got {self.beta!r}")
         if not isinstance(self.update_in_forward, bool):
             raise ValueError(f"update_in_forward: expected True or False, got {self.update_in_forward!r}")
@@ -101,9 +102,21 @@ class BiasBalanced(nn.Module):
 
     @torch.no_grad()
     def _init_buffers(self) -> None:
-        """Set every buffer to its initial zeros, as after `to_empty`."""
-        for buffer in self.buffers(recurse=False):
-            buffer.zero_()
+        """Set the buffers named above to their initial zeros, as after `to_empty`."""
+        for name in (*_FP32_BUFFERS, "expert_counts"):
+            if name in self._buffers:
+                self.get_buffer(name).zero_()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """With `assign=True` buffers come as they were saved, and those that were not saved stay on the meta device."""
+        super()._load_from_state_dict(*args)
+        if self.balancing is None:
+            return
+        for name in ("expert_bias", "expert_bias_momentum"):
+            self._buffers[name] = self.get_buffer(name).float()
+        for name in ("expert_counts", "_kept_bias"):
+            if name in self._buffers and self.get_buffer(name).device != self.expert_bias.device:
+                self._buffers[name] = torch.zeros_like(self.get_buffer(name), device=self.expert_bias.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: self._buffers.get(name) for name in _FP32_BUFFERS}
@@ -125,9 +138,10 @@ class BiasBalanced(nn.Module):
                 return self.expert_bias
             repeated = ops.is_recomputed()
             if repeated and self._passes > 1:
+                passes, self._passes = self._passes, 0  # the steps after this one can be right
                 raise ValueError(
                     "update_in_forward: expected backward to repeat a checkpointed pass before the layer's next pass "
-                    f"in training, got {self._passes} passes since it last did"
+                    f"in training, got {passes} passes since it last did"
                 )
             self._passes = 0 if repeated else self._passes + 1
         ops.keep_bias(self._kept_bias, self.expert_bias)
@@ -146,12 +160,6 @@ class BiasBalanced(nn.Module):
             ops.move_bias_in_forward(
                 self.expert_bias, self.expert_bias_momentum, self.expert_counts, *self.balancing.formula
             )
-
-    def update_expert_bias(self, group: ProcessGroup | None = None) -> None:
-        """`update_expert_biases` of this layer alone. Raises ValueError if it has no bias that the loop updates."""
-        if self.balancing is None or self.balancing.update_in_forward:
-            raise ValueError(f"balancing: expected one without update_in_forward, got {self.balancing}")
-        update_expert_biases(self, group)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import math
 import re
 import subprocess
@@ -31,6 +32,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 _OTHER_BENCHMARKS = ("accuracy", "cold_start", "gradients", "soak", "stress", "validate_training")
 """What `bench` offers beside bench_*.py. All take `--quick`; a script that does not is a tool, and not offered."""
 PROMPT = b"def "
+DEVICE = "cuda if there is one"
 _REPORT_EVERY = 10
 """Steps between two readings of the loss, each of which waits for the device."""
 _SHOWN_DIGITS = 12
@@ -39,11 +41,6 @@ _SHOWN_DIGITS = 12
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Mixture-of-experts layers of any widths, in Triton."
 )
-
-
-@app.callback()
-def _app() -> None:
-    """Keeps `train` a subcommand while it is the only one."""
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -64,10 +61,26 @@ def _device(name: str | None) -> torch.device:
 
 
 def _newest_run(argument: str) -> Path:
-    runs = sorted(path.parent for path in RUNS.glob(f"*/{FILE_NAME}"))
-    if not runs:
+    checkpoints = list(RUNS.glob(f"*/{FILE_NAME}"))
+    if not checkpoints:
         raise ValueError(f"{argument}: expected a run under {RUNS}/, or the folder of another, got none")
-    return runs[-1]
+    return max(checkpoints, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def _new_run() -> Path:
+    """Make the folder of a run, named after the time, that no other has."""
+    start = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([start], (f"{start}-{number}" for number in itertools.count(2)))
+    return next(RUNS / name for name in names if _is_new(RUNS / name))
+
+
+def _is_new(folder: Path) -> bool:
+    """Make the folder, unless it is there."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> Checkpoint:
@@ -79,7 +92,10 @@ def _resumed(folder: Path, given: dict[str, Any]) -> Checkpoint:
             raise ValueError(
                 f"{name}: expected nothing, or {getattr(config, name)!r} as the resumed run, got {value!r}"
             )
-    return dataclasses.replace(checkpoint, config=dataclasses.replace(config, steps=given.get("steps", config.steps)))
+    steps = given.get("steps", config.steps)
+    if steps < checkpoint.step:
+        raise ValueError(f"steps: expected at least the {checkpoint.step} that the run has, got {steps}")
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(config, steps=steps))
 
 
 def _start(
@@ -93,8 +109,7 @@ def _start(
         checkpoint = _resumed(out, given)
         config, data = checkpoint.config, data or checkpoint.data
     else:
-        out = out or RUNS / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        if (out / FILE_NAME).exists():
+        if out is not None and (out / FILE_NAME).exists():
             raise ValueError(f"out: expected a folder without a run, got {out}, which has one: add --resume")
         config = TrainConfig.for_device(device.type, **given)
     if config.backend in ("hopper", "triton") and device.type != "cuda":
@@ -108,6 +123,8 @@ def _start(
             f"got {corpus.source}, SHA-256 {corpus.sha256[:_SHOWN_DIGITS]}"
         )
     trainer = Trainer(config, corpus, device, checkpoint)
+    if out is None:
+        return trainer, _new_run()
     out.mkdir(parents=True, exist_ok=True)
     return trainer, out
 
@@ -119,7 +136,7 @@ def _train(trainer: Trainer, out: Path, checkpoint_every: int, console: Console)
     with stop_on_signal() as stop, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=trainer.config.steps, completed=trainer.done, status="")
         while trainer.done < trainer.config.steps and not stop.is_set():
-            until = min(trainer.done + _REPORT_EVERY, trainer.config.steps)
+            until = min(trainer.done + _REPORT_EVERY, trainer.config.steps, saved_at + checkpoint_every)
             with trainer.timed():
                 loss = trainer.step()
                 while trainer.done < until and not stop.is_set():
@@ -133,7 +150,8 @@ def _train(trainer: Trainer, out: Path, checkpoint_every: int, console: Console)
             if trainer.done - saved_at >= checkpoint_every:
                 trainer.checkpoint().save(out)
                 saved_at = trainer.done
-        trainer.checkpoint().save(out)
+        if saved_at < trainer.done:
+            trainer.checkpoint().save(out)
         return not stop.is_set()
 
 
@@ -162,11 +180,13 @@ def _conclude(trainer: Trainer, out: Path, sample_bytes: int, console: Console) 
 def train(
     data: Annotated[
         Path | None,
-        typer.Option(help="A file or a folder of text. [default: the resumed run's, else Python's standard library]"),
+        typer.Option(
+            help="A file or a folder of text.", show_default="the resumed run's, else Python's standard library"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/<date-time>]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/<date-time>")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or the newest one.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=DEVICE)] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     experts: Annotated[str | None, typer.Option(help="count x width, as in 4x256+2x64; width 0: null experts.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts a token.")] = None,
@@ -222,7 +242,12 @@ def train(
         f"experts {sizes}, top-{config.num_active_experts}, {config.activation}, {config.precision} on {chosen}",
         highlight=False,
     )
-    if not _train(trainer, out, checkpoint_every, console):
+    try:
+        finished = _train(trainer, out, checkpoint_every, console)
+    except FloatingPointError as error:
+        console.print(f"Stopped: {error}")
+        raise typer.Exit(1) from None
+    if not finished:
         go_on = escape(f"--resume --out {out} --device {chosen}")
         console.print(f"Stopped after {trainer.done} steps; saved. Go on with {go_on}")
         raise typer.Exit(130)
@@ -241,14 +266,16 @@ def _trained(path: Path | None, device: torch.device) -> GPT:
 @app.command()
 def sample(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Folder of a run, or the checkpoint in it. [default: the newest run]")
+        Path | None, typer.Argument(help="Folder of a run, or the checkpoint in it.", show_default="the newest run")
     ] = None,
     prompt: Annotated[str, typer.Option(help="Text to go on with.")] = PROMPT.decode(),
     tokens: Annotated[int, typer.Option(min=0, help="Bytes to write after the prompt.")] = 300,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest bytes. [default: all]")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among so many of the likeliest bytes.", show_default="all")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=DEVICE)] = None,
 ) -> None:
     """Write text with the model of a checkpoint that `train` saved."""
     console = Console()
@@ -285,6 +312,7 @@ def tune(
     try:
         shape, dtype, device = tune.request(tokens, hidden_size, parse_sizes(experts), top_k, activation, precision)
         known = tune.kernels_for(shape, dtype, device)
+        tune.read_rows(out)  # before the search, which takes minutes
         for name in kernels or ():
             if name not in known:
                 raise ValueError(f"kernel: expected one of {', '.join(known)}, got {name!r}")
@@ -293,7 +321,7 @@ def tune(
     for name in kernels or known:
         found = {}
         for config, milliseconds in tune.search(name, known[name], shape, dtype, device):
-            shown = "does not fit" if milliseconds is None else f"{milliseconds:.4f} ms"
+            shown = "does not fit, or is wrong" if milliseconds is None else f"{milliseconds:.4f} ms"
             console.print(f"{name} {_assignments(config._asdict())}: {shown}")
             if milliseconds is not None:
                 found[config] = milliseconds

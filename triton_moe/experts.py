@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,22 @@ from torch import Tensor, nn
 
 from triton_moe import torch_backend
 from triton_moe.activations import is_gated
-from triton_moe.functional import moe_mlp
+from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, moe_mlp
 from triton_moe.layout import ExpertLayout
 
+_OPTIONS = {"backend": BACKENDS, "activation_memory": ACTIVATION_MEMORY, "recompute": (True, False)}
+"""Of `moe_mlp`, and their values."""
 _OPERANDS = ("w1", "w2", "w3", "b1", "b2", "b3")
+
+
+def check_positive_int(value: object, argument: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{argument}: expected an integer of 1 or more, got {value!r}")
+
+
+def check_choice(value: object, argument: str, choices: Sequence[object]) -> None:
+    if value not in choices or type(value) is not type(choices[0]):
+        raise ValueError(f"{argument}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 class Experts(nn.Module):
@@ -25,7 +38,8 @@ class Experts(nn.Module):
 
     Parameters: `w1 (H, S)`, `w2 (S, H)`, for gated activations `w3 (H, S)`, w1 being the gate. Expert e owns the
     columns `layout.columns(e)` of w1 and w3 and the same rows of w2. With `bias` also `b1 (S)`, `b2 (E, H)`, and for
-    gated activations `b3 (S)`.
+    gated activations `b3 (S)`. A state dict does not have the widths: one of another layout with this S loads, and
+    means something else.
     """
 
     w1: nn.Parameter
@@ -46,8 +60,12 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
         **options: str | bool,
     ) -> None:
-        """`options`: `backend`, `activation_memory` and `recompute` of `moe_mlp`."""
+        """`options`: `backend`, `activation_memory`, `recompute` of `moe_mlp`. ValueError on what cannot be built."""
         super().__init__()
+        if not isinstance(layout, ExpertLayout):
+            raise ValueError(f"layout: expected an ExpertLayout, got {layout!r}")
+        check_positive_int(hidden_size, "hidden_size")
+        check_choice(bias, "bias", (True, False))
         self._register_experts(layout, hidden_size, activation, bias, device, dtype, options)
         self.init_params()
 
@@ -61,9 +79,11 @@ class Experts(nn.Module):
         dtype: torch.dtype | None,
         options: dict[str, str | bool],
     ) -> None:
-        unknown = set(options) - {"backend", "activation_memory", "recompute"}
+        unknown = set(options) - set(_OPTIONS)
         if unknown:
             raise TypeError(f"options: expected backend, activation_memory and recompute, got {', '.join(unknown)}")
+        for name, value in options.items():
+            check_choice(value, name, _OPTIONS[name])
         self.layout, self._moe_mlp_options = layout, {"activation": activation, **options}
         _register_weights(self, hidden_size, layout.total_width, activation, device, dtype)
         sizes = {"b1": (layout.total_width,), "b2": (layout.num_experts, hidden_size), "b3": (layout.total_width,)}
@@ -103,7 +123,10 @@ class Experts(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """One MLP for every token, with the experts' activations: `w1 (H, I)`, `w2 (I, H)`, if gated `w3 (H, I)`."""
+    """One MLP for every token, with the experts' activations: `w1 (H, I)`, `w2 (I, H)`, if gated `w3 (H, I)`.
+
+    Raises ValueError on sizes that are not integers of 1 or more, or an unknown activation.
+    """
 
     w1: nn.Parameter
     w2: nn.Parameter
@@ -119,6 +142,8 @@ class DenseMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive_int(hidden_size, "hidden_size")
+        check_positive_int(width, "width")
         self.activation = activation
         _register_weights(self, hidden_size, width, activation, device, dtype)
         self.init_params()
@@ -128,6 +153,10 @@ class DenseMLP(nn.Module):
         """Draw every weight from a normal distribution of std 1 / sqrt(fan-in)."""
         _init_up(self)
         self.w2.normal_(std=self.w2.shape[0] ** -0.5)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's name for `init_params`."""
+        self.init_params()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., H)` -> the same shape."""

@@ -249,9 +249,9 @@ def moe_mlp(
         activation: one of `triton_moe.activations.ACTIVATIONS`.
         backend: "hopper" (compute capability 9.0, 16 bits, H a multiple of 64), "triton" (CUDA, compute capability 8.0
             or later), "torch" (any device), or "auto": the fastest that can. That is "hopper" from
-            `T K * H * mean width` of 2^32 on, or of 2^35 with a Triton newer than 3.6; below, an eager call waits for
-            the host, to which it costs more. With biases "hopper" is "triton". With widths that are no multiples of 64
-            a weight that is NaN or infinite may on "hopper" reach the experts packed before its own.
+            `T K * H * mean width` of 2^32 on, or of 2^35 with another Triton than 3.6 and 3.9; below, an eager call
+            waits for the host, to which it costs more. With biases "hopper" is "triton". With widths that are no
+            multiples of 64 a weight that is NaN or infinite may on "hopper" reach the experts packed before its own.
         activation_memory: "bounded" sizes what is kept for backward by the widest expert, from what the host knows;
             "exact" by the routing, for which it reads one number back, not while a CUDA graph is captured.
         recompute: keep x and the routing alone, and compute the pre-activation once more in backward. Without it, an
@@ -262,7 +262,8 @@ def moe_mlp(
         x's shape and dtype; under autocast its dtype, to which x and the weights are cast first, as by nn.Linear, but
         anew in each call: autocast remembers casts for PyTorch's own operators alone. Differentiable in all tensors but
         topk_ids. The same inputs give the same bits; but a few tokens without gradients, as in decoding, have tiles of
-        their own, and may differ in the last bit from those with. On CUDA nothing is read back to the host.
+        their own, and may differ in the last bit from those with. On CUDA nothing is read back to the host, but for
+        activation_memory="exact" one number.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
@@ -316,7 +317,7 @@ def moe_layer(
     num_active_experts: int,
     router: str,
     normalize_weights: bool,
-    scale: float,
+    weights_scale: float,
     aux_losses: bool,
     activation: str,
     backend: str = "auto",
@@ -347,7 +348,7 @@ def moe_layer(
     from triton_moe.ops.moe_layer import moe_layer_inference
 
     operands = (x, router_weight, bias, w1, w2, w3, b1, b2, b3)
-    choice = router == "softmax", normalize_weights, float(scale)
+    choice = router == "softmax", normalize_weights, float(weights_scale)
     options = layout.widths, num_active_experts, *choice, aux_losses, activation, exact
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
         return moe_layer_inference(*operands, *options, backend)

@@ -136,6 +136,8 @@ class ExpertLayout:
         For optimizers that work on matrices, as Muon does: on the packed weights it would mix the experts. Raises
         ValueError if the dimension is not S long, or is sharded (as FSDP does dim 0), for the parts would be copies.
         """
+        if not isinstance(packed, Tensor):
+            raise ValueError(f"packed: expected a tensor, got {packed!r}")
         if not -packed.dim() <= dim < packed.dim() or packed.shape[dim] != self.total_width:
             raise ValueError(f"packed: expected {self.total_width} along dim {dim}, got shape {tuple(packed.shape)}")
         placements = getattr(packed, "placements", ())

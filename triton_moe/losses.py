@@ -1,4 +1,5 @@
-"""The router's auxiliary losses: scalars in the dtype of their first argument, 0 when there are no tokens.
+"""The router's auxiliary losses: scalars in the dtype of their first argument, 0 when there are no tokens. Shapes other
+than these raise ValueError.
 
 The last two are linear in `p`, the mean over tokens of the router's scores. Either takes the scores `(T, E)`, or one
 row `(E)` of them, which may be that mean: whoever needs both computes it once.
@@ -18,6 +19,8 @@ from triton_moe.layout import ExpertLayout
 
 def router_z_loss(logits: Tensor) -> Tensor:
     """`mean_t(logsumexp_e(logits)^2)`, logits `(T, E)` (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    if logits.dim() != 2:
+        raise ValueError(f"logits: expected (T, E), got shape {tuple(logits.shape)}")
     return logits.logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
 
 
@@ -32,34 +35,58 @@ def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout) -> Tensor:
         probs: `(T, E)` or `(E)`, see above.
         f: `(E)`, the fraction of routed slots that chose expert e. No gradient reaches it.
     """
+    _check_probs(probs, layout)
+    if f.shape != (layout.num_experts,):
+        raise ValueError(f"f: expected ({layout.num_experts},), got shape {tuple(f.shape)}")
     rivals = _table(layout.num_rivals, probs)
     num_classes = sum(len(experts) > 1 for experts in layout.width_classes.values())
     return (rivals * f.detach() * mean_over_tokens(probs)).sum() / max(num_classes, 1)
 
 
 def sequence_load_balance_loss(probs: Tensor, topk_ids: Tensor, sequence_length: int, layout: ExpertLayout) -> Tensor:
-    """`load_balance_loss` of each sequence by itself, averaged over them (as DeepSeek-V3, arXiv:2412.19437, eq. 17).
+    """`load_balance_loss` of each sequence by itself, averaged over them, of scores divided by their sum over experts.
+
+    So DeepSeek-V3 has it (arXiv:2412.19437, eq. 17 to 20): even loads then pull at no score, not at sigmoids either.
 
     Args:
         probs: `(T, E)`, sequences of `sequence_length` tokens one after another.
         topk_ids: `(T, K)` integers, all of them experts.
     """
-    num_experts, num_sequences = layout.num_experts, probs.shape[0] // max(sequence_length, 1)
+    _check_probs(probs, layout)
+    if probs.dim() != 2 or topk_ids.dim() != 2 or len(topk_ids) != len(probs):
+        raise ValueError(f"topk_ids: expected (T, K) beside probs (T, E), got shape {tuple(topk_ids.shape)}")
+    check_sequence_length(sequence_length, len(probs))
+    probs = probs / (probs.sum(dim=-1, keepdim=True) + 1e-20)
+    num_experts, num_sequences = layout.num_experts, probs.shape[0] // sequence_length
     ids = topk_ids.long().reshape(num_sequences, sequence_length * topk_ids.shape[1])
     counts = probs.new_zeros(num_sequences, num_experts).scatter_add_(1, ids, torch.ones_like(ids, dtype=probs.dtype))
     f = counts / max(ids.shape[1], 1)
-    p = probs.view(num_sequences, sequence_length, num_experts).sum(1) / max(sequence_length, 1)
+    p = probs.view(num_sequences, sequence_length, num_experts).sum(1) / sequence_length
     return load_balance_loss((f * p).sum(0) / max(num_sequences, 1), probs.new_ones(num_experts), layout)
 
 
 def compute_loss(probs: Tensor, layout: ExpertLayout) -> Tensor:
     """What the choice costs: `mean_t(probs @ widths / mean width)`, mean width `S / E`. 1 if all scores are `1 / E`."""
+    _check_probs(probs, layout)
     return (_table(layout.widths, probs) * mean_over_tokens(probs)).sum() * (layout.num_experts / layout.total_width)
 
 
 def mean_over_tokens(probs: Tensor) -> Tensor:
     """`(T, E)` -> `(E)`, zeros without tokens; a row `(E)` is its own mean."""
     return probs if probs.dim() == 1 else probs.sum(dim=0) / max(probs.shape[0], 1)
+
+
+def check_sequence_length(sequence_length: int, num_tokens: int) -> None:
+    """Raise ValueError unless so many tokens are whole sequences."""
+    is_int = isinstance(sequence_length, (int, torch.SymInt)) and not isinstance(sequence_length, bool)
+    if not is_int or sequence_length < 1 or num_tokens % sequence_length:
+        raise ValueError(f"sequence_length: expected a divisor of T = {num_tokens}, got {sequence_length!r}")
+
+
+def _check_probs(probs: Tensor, layout: ExpertLayout) -> None:
+    if probs.dim() not in (1, 2) or probs.shape[-1] != layout.num_experts:
+        expected = f"(T, {layout.num_experts}) or ({layout.num_experts},)"
+        raise ValueError(f"probs: expected {expected}, got shape {tuple(probs.shape)}")
 
 
 @functools.lru_cache(maxsize=256)

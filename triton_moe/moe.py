@@ -13,23 +13,13 @@ from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
 from triton_moe.balancing import BiasBalanced, BiasBalancing
-from triton_moe.experts import DenseMLP, Experts
+from triton_moe.experts import DenseMLP, Experts, check_choice, check_positive_int
 from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype, moe_layer
 from triton_moe.layout import ExpertLayout
 from triton_moe.router import ROUTERS, GroupLimit, RouterOutput, expand_null_row, is_fused, route_tokens
 
 LOAD_BALANCE = ("batch", "sequence")
 """What a load-balance loss is taken over: all tokens at once, or each sequence, averaged."""
-
-
-def _check_positive_int(value: object, argument: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{argument}: expected an integer of 1 or more, got {value!r}")
-
-
-def _check_choice(value: object, argument: str, choices: Sequence[object]) -> None:
-    if value not in choices or type(value) is not type(choices[0]):
-        raise ValueError(f"{argument}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -92,22 +82,22 @@ class MoEConfig:
         object.__setattr__(self, "expert_sizes", tuple((int(count), int(width)) for count, width in self.expert_sizes))
 
         if self.hidden_size is None and n_embd is not None:
-            _check_positive_int(n_embd, "n_embd")
+            check_positive_int(n_embd, "n_embd")
             object.__setattr__(self, "hidden_size", n_embd)
-        _check_positive_int(self.hidden_size, "hidden_size")
+        check_positive_int(self.hidden_size, "hidden_size")
         if n_embd is not None and n_embd != self.hidden_size:
             raise ValueError(f"n_embd: expected hidden_size = {self.hidden_size} or nothing, got {n_embd!r}")
 
-        _check_positive_int(self.num_active_experts, "num_active_experts")
+        check_positive_int(self.num_active_experts, "num_active_experts")
         if self.num_active_experts > num_experts:
             raise ValueError(f"num_active_experts: expected at most E = {num_experts}, got {self.num_active_experts}")
-        _check_positive_int(self.block_size, "block_size")
+        check_positive_int(self.block_size, "block_size")
         is_gated(self.activation)
-        _check_choice(self.bias, "bias", (True, False))
-        _check_choice(self.router, "router", ROUTERS)
-        _check_choice(self.normalize_weights, "normalize_weights", (True, False))
-        _check_choice(self.aux_losses, "aux_losses", (True, False))
-        _check_choice(self.load_balance, "load_balance", LOAD_BALANCE)
+        check_choice(self.bias, "bias", (True, False))
+        check_choice(self.router, "router", ROUTERS)
+        check_choice(self.normalize_weights, "normalize_weights", (True, False))
+        check_choice(self.aux_losses, "aux_losses", (True, False))
+        check_choice(self.load_balance, "load_balance", LOAD_BALANCE)
         if self.balancing is not None and not isinstance(self.balancing, BiasBalancing):
             raise ValueError(f"balancing: expected a BiasBalancing or None, got {self.balancing!r}")
         if not isinstance(self.weights_scale, (int, float)) or not 0 < self.weights_scale < math.inf:
@@ -116,14 +106,14 @@ class MoEConfig:
             if not isinstance(self.groups, GroupLimit):
                 raise ValueError(f"groups: expected a GroupLimit or None, got {self.groups!r}")
             self.groups.check(num_experts, self.num_active_experts)
-        _check_choice(self.shared_null_logit, "shared_null_logit", (True, False))
+        check_choice(self.shared_null_logit, "shared_null_logit", (True, False))
         if self.shared_null_logit and 0 not in self.layout.widths:
             raise ValueError("shared_null_logit: expected False without experts of width 0, got True")
         if self.shared_width != 0:
-            _check_positive_int(self.shared_width, "shared_width")
-        _check_choice(self.backend, "backend", BACKENDS)
-        _check_choice(self.activation_memory, "activation_memory", ACTIVATION_MEMORY)
-        _check_choice(self.recompute, "recompute", (True, False))
+            check_positive_int(self.shared_width, "shared_width")
+        check_choice(self.backend, "backend", BACKENDS)
+        check_choice(self.activation_memory, "activation_memory", ACTIVATION_MEMORY)
+        check_choice(self.recompute, "recompute", (True, False))
 
     @cached_property
     def layout(self) -> ExpertLayout:
@@ -167,6 +157,8 @@ class MoEMLP(Experts, BiasBalanced):
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         nn.Module.__init__(self)
+        if not isinstance(config, MoEConfig):
+            raise ValueError(f"config: expected a MoEConfig, got {config!r}")
         self.config = config
         H, layout, activation, on = config.hidden_size, config.layout, config.activation, (device, dtype)
         rows = layout.num_experts - layout.widths.count(0) + 1 if config.shared_null_logit else layout.num_experts
@@ -245,7 +237,7 @@ class MoEMLP(Experts, BiasBalanced):
             "num_active_experts": config.num_active_experts,
             "router": config.router,
             "normalize_weights": config.normalize_weights,
-            "scale": config.weights_scale,
+            "weights_scale": config.weights_scale,
             "aux_losses": config.aux_losses,
         }
         if self._is_one_operator:

@@ -8,7 +8,7 @@ a router of one's own. A softmax over the chosen experts alone is "softmax" with
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from triton_moe.functional import check_router_input, runs_kernels
 from triton_moe.layout import ExpertLayout
 from triton_moe.losses import (
+    check_sequence_length,
     compute_loss,
     load_balance_loss,
     mean_over_tokens,
@@ -39,9 +40,15 @@ class GroupLimit:
     num_scores: int = 2
     """A group counts by the sum of its so many best scores, with the bias: 2 as DeepSeek-V3, 1 as DeepSeek-V2."""
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field.name}: expected an integer of 1 or more, got {value!r}")
+
     def check(self, num_experts: int, num_active_experts: int) -> None:
         """Raise ValueError unless so many experts can be chosen in these groups."""
-        if self.num_groups < 1 or num_experts % self.num_groups:
+        if num_experts % self.num_groups:
             raise ValueError(f"num_groups: expected a divisor of E = {num_experts}, got {self.num_groups}")
         size = num_experts // self.num_groups
         if not -(-num_active_experts // size) <= self.num_active_groups <= self.num_groups:
@@ -90,8 +97,11 @@ class _RouterLogits(torch.autograd.Function):
     """`x @ weight^T` in fp32 (fp64 if x is). Saves x itself, where autograd would save an upcast copy."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def setup_context(ctx, inputs, output) -> None:  # apart from forward, as torch.func wants it
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -129,9 +139,15 @@ def router_scores(logits: Tensor, router: str) -> Tensor:
 def select_experts(
     scores: Tensor, num_active_experts: int, bias: Tensor | None = None, groups: GroupLimit | None = None
 ) -> Tensor:
-    """The K highest of `scores (T, E)`, plus `bias (E)`, within each token's best groups -> ids `(T, K)` int64."""
+    """The K highest of `scores (T, E)`, plus `bias (E)`, within each token's best groups -> ids `(T, K)` int64.
+
+    Raises ValueError if there are not so many to choose.
+    """
+    if not 1 <= num_active_experts <= scores.shape[-1]:
+        raise ValueError(f"num_active_experts: expected 1 to E = {scores.shape[-1]}, got {num_active_experts}")
     scores = scores.detach() if bias is None else scores.detach() + bias.detach()
     if groups is not None:
+        groups.check(scores.shape[-1], num_active_experts)
         by_group = scores.unflatten(-1, (groups.num_groups, -1))
         best = by_group.topk(groups.num_scores, dim=-1).values.sum(-1).topk(groups.num_active_groups, dim=-1).indices
         active = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, True)
@@ -139,20 +155,25 @@ def select_experts(
     return scores.topk(num_active_experts, dim=-1).indices
 
 
-def weigh_experts(scores: Tensor, topk_ids: Tensor, normalize_weights: bool = True, scale: float = 1.0) -> Tensor:
-    """The chosen of `scores (T, E)`, divided by a token's sum of them + 1e-20 if so, times scale -> `(T, K)`."""
+def weigh_experts(
+    scores: Tensor, topk_ids: Tensor, normalize_weights: bool = True, weights_scale: float = 1.0
+) -> Tensor:
+    """The chosen of `scores (T, E)`, divided by a token's sum of them + 1e-20 if so, times the scale -> `(T, K)`."""
     chosen = scores.gather(-1, topk_ids)
     if normalize_weights:
         chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
-    return chosen if scale == 1 else chosen * scale
+    return chosen if weights_scale == 1 else chosen * weights_scale
 
 
 def expand_null_row(weight: Tensor, layout: ExpertLayout) -> Tensor:
     """The weight `(E', H)` of a router whose null experts share one logit -> `(E, H)`.
 
     It has a row for each expert wider than 0, in order, and a last one, which goes to the place of each null expert;
-    its gradient is the sum of theirs.
+    its gradient is the sum of theirs. Raises ValueError on another number of rows.
     """
+    num_rows = layout.num_experts - layout.widths.count(0) + 1
+    if weight.shape[0] != num_rows:
+        raise ValueError(f"weight: expected {num_rows} rows, the last for all null experts, got {weight.shape[0]}")
     runs: list[list[int]] = []  # [is real, count]; itertools.groupby breaks torch.compile's graph
     for width in layout.widths:
         if runs and runs[-1][0] == (width > 0):
@@ -174,7 +195,7 @@ def choose_experts(
     router: str = "sigmoid",
     normalize_weights: bool = True,
     bias: Tensor | None = None,
-    scale: float = 1.0,
+    weights_scale: float = 1.0,
     groups: GroupLimit | None = None,
 ) -> Choice:
     """The choice of `route_tokens`, whose arguments these are, in PyTorch's operators, with the scores behind it.
@@ -184,18 +205,19 @@ def choose_experts(
     logits = router_logits(x, weight)
     probs = router_scores(logits, router)
     topk_ids = select_experts(probs, num_active_experts, bias, groups)
-    chosen = weigh_experts(probs, topk_ids, normalize_weights, scale)
+    chosen = weigh_experts(probs, topk_ids, normalize_weights, weights_scale)
     return Choice(logits, probs, chosen.to(x.dtype), topk_ids)
 
 
 def _route_tokens(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: ExpertLayout, num_active_experts: int, router: str,
-    normalize_weights: bool, scale: float, aux_losses: bool, groups: GroupLimit | None, sequence_length: int | None,
+    normalize_weights: bool, weights_scale: float, aux_losses: bool, groups: GroupLimit | None,
+    sequence_length: int | None,
 ) -> RouterOutput:  # fmt: skip
     """`route_tokens` in PyTorch's operators."""
     logits, probs, topk_weights, topk_ids = choose_experts(
         x, weight, num_active_experts=num_active_experts, router=router, normalize_weights=normalize_weights, bias=bias,
-        scale=scale, groups=groups,
+        weights_scale=weights_scale, groups=groups,
     )  # fmt: skip
     chosen = torch.zeros(layout.num_experts, dtype=probs.dtype, device=x.device)
     ids = topk_ids.flatten()
@@ -227,7 +249,7 @@ def route_tokens(
     router: str = "sigmoid",
     normalize_weights: bool = True,
     aux_losses: bool = True,
-    scale: float = 1.0,
+    weights_scale: float = 1.0,
     groups: GroupLimit | None = None,
     sequence_length: int | None = None,
     backend: str = "auto",
@@ -243,7 +265,8 @@ def route_tokens(
         router: one of `ROUTERS`.
         normalize_weights: divide a token's K weights by their sum + 1e-20.
         aux_losses: whether the losses (see `losses.py`) and the logits' statistics are computed.
-        scale: factor of the weights, after they are normalised: a constant, for another one compiles the kernels anew.
+        weights_scale: factor of the weights, after they are normalised: a constant, for another one compiles the
+            kernels anew.
         groups: limits each token's choice to its best groups of experts.
         sequence_length: the load-balance loss is that of each so many tokens, averaged; None: of all tokens at once.
         backend: as in `moe_mlp`.
@@ -260,13 +283,15 @@ def route_tokens(
     for argument, flag in (("normalize_weights", normalize_weights), ("aux_losses", aux_losses)):
         if not isinstance(flag, bool):
             raise ValueError(f"{argument}: expected True or False, got {flag!r}")
-    if not isinstance(scale, (int, float)) or not abs(scale) < math.inf:  # of a traced number too
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
-    if sequence_length is not None and (sequence_length < 1 or x.shape[0] % sequence_length):
-        raise ValueError(f"sequence_length: expected a divisor of T = {x.shape[0]}, got {sequence_length}")
+    if not isinstance(weights_scale, (int, float)) or not abs(weights_scale) < math.inf:  # of a traced number too
+        raise ValueError(f"weights_scale: expected a finite number, got {weights_scale!r}")
+    if sequence_length is not None:
+        check_sequence_length(sequence_length, x.shape[0])
     if groups is not None:
+        if not isinstance(groups, GroupLimit):
+            raise ValueError(f"groups: expected a GroupLimit or None, got {groups!r}")
         groups.check(layout.num_experts, num_active_experts)
-    options = layout, num_active_experts, router, normalize_weights, scale, aux_losses
+    options = layout, num_active_experts, router, normalize_weights, weights_scale, aux_losses
     if not (runs_kernels(x.device, x.dtype, backend) and is_fused(layout, groups, sequence_length)):
         return _route_tokens(x, weight, bias, *options, groups, sequence_length)
     from triton_moe.ops.router import route_tokens as run

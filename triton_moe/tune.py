@@ -10,20 +10,21 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from triton_moe import MoEConfig
 from triton_moe.activations import is_gated
 from triton_moe.kernels.config import capability, narrowed
 from triton_moe.kernels.decode import is_few, route_few
 from triton_moe.kernels.hopper.launch import fits
 from triton_moe.kernels.route import route
-from triton_moe.kernels.tuning import PipelineConfig, TileConfig, configure, kind_of, table
+from triton_moe.kernels.tuning import PipelineConfig, TileConfig, configure, kind_of, read_table, table
 from triton_moe.layout import ExpertLayout, Routing
+from triton_moe.moe import MoEConfig
 from triton_moe.products import TOLERANCE, Product, Shape, disagreement, products
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -155,13 +156,22 @@ def best_of(
     return best, medians[best]
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A table's rows, none if there is no such file. Raises ValueError if that is no table, or cannot be written."""
+    if not path.parent.is_dir():
+        raise ValueError(f"out: expected a file in a folder that exists, got {path}")
+    if not path.exists():
+        return []
+    read_table(path)
+    return json.loads(path.read_text())
+
+
 def write_row(
     path: Path, kernel: str, config: TileConfig | PipelineConfig, ms: float, shape: Shape, device: torch.device
 ) -> None:
     """Put a row into a table, in place of the one for the same kernel and compute capability."""
     major, minor = capability(device)
-    rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [row for row in rows if (row["capability"], row["kernel"]) != (f"{major}.{minor}", kernel)]
+    rows = [row for row in read_rows(path) if (row["capability"], row["kernel"]) != (f"{major}.{minor}", kernel)]
     rows.append(
         {
             "capability": f"{major}.{minor}",
@@ -176,4 +186,6 @@ def write_row(
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
     )
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    whole = path.with_name(f"{path.name}.new")
+    whole.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    whole.replace(path)

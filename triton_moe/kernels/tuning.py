@@ -27,7 +27,6 @@ class TileConfig(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
 
 
 class PipelineConfig(NamedTuple):
