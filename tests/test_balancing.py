@@ -185,8 +185,14 @@ def test_checkpointing_doubles_nothing(
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
 def test_after_a_step_without_backward(use_reentrant: bool) -> None:
-    """As one whose loss was not finite: the next is told, those after it are right."""
-    model = Checkpointed(layer_with(IN_FORWARD), use_reentrant)
+    """As one whose loss was not finite: the next is told, those after it are right, in all layers."""
+    layers = [Checkpointed(layer_with(IN_FORWARD), use_reentrant) for _ in range(3)]
+
+    def model(x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        for layer in layers:
+            x, losses, f = layer(x)
+        return x, losses, f
+
     model(tokens().requires_grad_())
     with pytest.raises(ValueError, match=r"^update_in_forward: expected .*, got 2 passes"):
         train(model, tokens(seed=1).requires_grad_())

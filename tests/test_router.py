@@ -1,8 +1,10 @@
 import math
 
+import numpy
 import pytest
 import torch
 
+from triton_moe import BiasBalancing, Experts
 from triton_moe.layout import ExpertLayout
 from triton_moe.router import (
     ROUTERS,
@@ -195,6 +197,12 @@ def test_more_than_there_are_to_choose(K, groups, message):
 def test_groups_are_counted_in_integers(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected an integer of 1 or more, got {value!r}"):
         GroupLimit(**{"num_groups": 2, "num_active_groups": 1, name: value})
+
+
+def test_integers_of_numpy_are_integers():
+    GroupLimit(numpy.int64(2), numpy.int64(1)).check(4, 2)  # type: ignore[arg-type]
+    Experts(ExpertLayout((8, 8)), numpy.int64(16))  # type: ignore[arg-type]
+    BiasBalancing(speed=numpy.float32(1e-3))  # type: ignore[arg-type]
 
 
 def test_a_null_row_too_many():

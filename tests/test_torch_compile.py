@@ -269,6 +269,19 @@ def test_export_of_the_forward_pass(device: str) -> None:
     assert torch.equal(f, expected_f)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_losses_of_sequences(strict: bool) -> None:
+    """Of any number and length."""
+    layer = layer_on("cpu", load_balance="sequence", backend="torch").eval()
+    sizes = {0: torch.export.Dim("B", min=2, max=64), 1: torch.export.Dim("L", min=2, max=64)}
+    with torch.no_grad():
+        x = torch.randn(3, 5, H)
+        program = torch.export.export(layer, (x,), dynamic_shapes={"x": sizes}, strict=strict)
+        for shape in ((3, 5), (7, 9)):
+            x = torch.randn(*shape, H)
+            torch.testing.assert_close(program.module()(x), layer(x))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_exact_memory(recompute: bool, device: str) -> None:
     """Its sizes are read back: under torch.compile they are unbacked, and the results those of eager."""

@@ -145,6 +145,26 @@ def test_runs_that_begin_together(text: Path, tmp_path: Path, monkeypatch: pytes
     assert "steps: expected at least the 3 that the run has, got 2" in printed
 
 
+def test_resume_of_a_finished_run_keeps_what_is_new(text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    code, printed = command("--data", str(text), "--out", str(out), "--steps", "2", *TINY_OPTIONS)
+    assert code == 0, printed
+    moved = text.rename(tmp_path / "moved.txt")
+    resume = ["--resume", "--out", str(out), "--device", "cpu", "--sample-bytes", "20"]
+    code, printed = command(*resume, "--data", str(moved))
+    assert code == 0, printed
+    code, printed = command(*resume, "--steps", "3")
+    assert code == 0, printed
+
+
+def test_no_folder_for_runs(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("/nowhere")
+    code, printed = command("--data", str(text), "--steps", "2", *TINY_OPTIONS)
+    assert code == 2
+    assert "File exists: 'runs'" in printed
+
+
 def test_checkpoints_come_as_often_as_asked(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     saved = []
     monkeypatch.setattr(Checkpoint, "save", lambda self, folder: saved.append(self.step))

@@ -116,6 +116,29 @@ def test_a_new_row_takes_the_old_ones_place(tmp_path: Path, monkeypatch: pytest.
     assert json.loads(path.read_text())[0]["ms"] == 1.5
 
 
+def test_a_table_is_there_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And behind a link, which stays one."""
+    monkeypatch.setattr(tune, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    path, link, device = tmp_path / "table.json", tmp_path / "link.json", torch.device("cpu")
+    path.write_text("[]")
+    link.symlink_to(path)
+
+    def cut_short(self: Path, text: str) -> None:
+        self.write_bytes(text.encode()[:9])
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", cut_short)
+        with pytest.raises(OSError, match="no space"):
+            tune.write_row(link, "up", TileConfig(64, 32, 4, 2), 1.5, SHAPE, device)
+    assert path.read_text() == "[]"
+    tune.write_row(link, "up", TileConfig(64, 32, 4, 2), 1.5, SHAPE, device)
+    assert link.is_symlink()
+    assert tuning.read_table(path) == {("9.0", "up"): TileConfig(64, 32, 4, 2)}
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["link.json", "table.json"]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [("--precision", "fp32", "precision: expected one of bf16, fp16"), ("--tokens", "0", "tokens: expected 1 or more")],
@@ -139,7 +162,8 @@ def test_bad_requests(option: str, value: str, message: str, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("nowhere/tuning.json", "out: expected a file in a folder that exists, got nowhere/tuning.json"),
+        ("nowhere/tuning.json", "out: expected a file that can be written, got nowhere/tuning.json: No such file"),
+        ("/proc/tuning.json", "out: expected a file that can be written, got /proc/tuning.json"),
         ("text.txt", "text.txt: expected a tuning table as `triton-moe tune` writes it"),
         (".", "expected a tuning table as `triton-moe tune` writes it"),
     ],

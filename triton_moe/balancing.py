@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,9 +59,9 @@ class BiasBalancing:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("speed", "kappa"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {value!r}")
-        if not isinstance(self.beta, (int, float)) or not 0 <= self.beta < 1:
+        if not isinstance(self.beta, Real) or not 0 <= float(self.beta) < 1:
             raise ValueError(f"beta: expected 0 <= beta < 1, got {self.beta!r}")
         if not isinstance(self.update_in_forward, bool):
             raise ValueError(f"update_in_forward: expected True or False, got {self.update_in_forward!r}")
@@ -85,7 +86,10 @@ class BiasBalanced(nn.Module):
     expert_counts: Tensor
     _kept_bias: Tensor
     _passes = 0
-    """Forward passes in training since backward last repeated one."""
+    """Forward passes in training since backward last repeated one, or since any layer raised for two of them."""
+    _seen = 0
+    _raised = 0
+    """How often that was, in all layers; `_seen`: when this one last looked."""
 
     def _register_expert_bias(
         self, balancing: BiasBalancing | None, num_experts: int, device: torch.device | str | None
@@ -137,11 +141,13 @@ class BiasBalanced(nn.Module):
             if torch.is_inference_mode_enabled():
                 return self.expert_bias
             repeated = ops.is_recomputed()
+            if self._seen != BiasBalanced._raised:  # backward ended there: nothing of before will be repeated
+                self._passes, self._seen = 0, BiasBalanced._raised
             if repeated and self._passes > 1:
-                passes, self._passes = self._passes, 0  # the steps after this one can be right
+                BiasBalanced._raised += 1
                 raise ValueError(
                     "update_in_forward: expected backward to repeat a checkpointed pass before the layer's next pass "
-                    f"in training, got {passes} passes since it last did"
+                    f"in training, got {self._passes} passes since it last did"
                 )
             self._passes = 0 if repeated else self._passes + 1
         ops.keep_bias(self._kept_bias, self.expert_bias)

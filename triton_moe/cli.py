@@ -69,6 +69,7 @@ def _newest_run(argument: str) -> Path:
 
 def _new_run() -> Path:
     """Make the folder of a run, named after the time, that no other has."""
+    RUNS.mkdir(exist_ok=True)
     start = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     names = itertools.chain([start], (f"{start}-{number}" for number in itertools.count(2)))
     return next(RUNS / name for name in names if _is_new(RUNS / name))
@@ -77,7 +78,7 @@ def _new_run() -> Path:
 def _is_new(folder: Path) -> bool:
     """Make the folder, unless it is there."""
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir()
     except FileExistsError:
         return False
     return True
@@ -132,7 +133,7 @@ def _start(
 def _train(trainer: Trainer, out: Path, checkpoint_every: int, console: Console) -> bool:
     """Run the steps that are left, saving now and then and at the end; False if a signal stopped it."""
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"))
-    saved_at = trainer.done
+    saved_at, saved = trainer.done, False
     with stop_on_signal() as stop, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=trainer.config.steps, completed=trainer.done, status="")
         while trainer.done < trainer.config.steps and not stop.is_set():
@@ -149,8 +150,8 @@ def _train(trainer: Trainer, out: Path, checkpoint_every: int, console: Console)
                 )
             if trainer.done - saved_at >= checkpoint_every:
                 trainer.checkpoint().save(out)
-                saved_at = trainer.done
-        if saved_at < trainer.done:
+                saved_at, saved = trainer.done, True
+        if saved_at < trainer.done or not saved:  # a resumed run may have another text, or more steps
             trainer.checkpoint().save(out)
         return not stop.is_set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ _OPERANDS = ("w1", "w2", "w3", "b1", "b2", "b3")
 
 
 def check_positive_int(value: object, argument: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{argument}: expected an integer of 1 or more, got {value!r}")
 
 
 def check_choice(value: object, argument: str, choices: Sequence[object]) -> None:
-    if value not in choices or type(value) is not type(choices[0]):
+    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):  # 1 == True
         raise ValueError(f"{argument}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 

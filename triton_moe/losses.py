@@ -44,18 +44,20 @@ def load_balance_loss(probs: Tensor, f: Tensor, layout: ExpertLayout) -> Tensor:
 
 
 def sequence_load_balance_loss(probs: Tensor, topk_ids: Tensor, sequence_length: int, layout: ExpertLayout) -> Tensor:
-    """`load_balance_loss` of each sequence by itself, averaged over them, of scores divided by their sum over experts.
+    """`load_balance_loss` of each sequence by itself, averaged over them, of scores divided by a token's sum of them.
 
-    So DeepSeek-V3 has it (arXiv:2412.19437, eq. 17 to 20): even loads then pull at no score, not at sigmoids either.
+    So DeepSeek-V3 has it (arXiv:2412.19437, eq. 17 to 20), with f of the choice as made, bias and groups included. If
+    all experts have one width, even loads pull at no score, not at sigmoids either; of these the loss of the whole
+    batch is about E / 2 times as large.
 
     Args:
         probs: `(T, E)`, sequences of `sequence_length` tokens one after another.
         topk_ids: `(T, K)` integers, all of them experts.
     """
     _check_probs(probs, layout)
-    if probs.dim() != 2 or topk_ids.dim() != 2 or len(topk_ids) != len(probs):
+    if probs.dim() != 2 or topk_ids.dim() != 2 or topk_ids.shape[0] != probs.shape[0]:
         raise ValueError(f"topk_ids: expected (T, K) beside probs (T, E), got shape {tuple(topk_ids.shape)}")
-    check_sequence_length(sequence_length, len(probs))
+    check_sequence_length(sequence_length, probs.shape[0])  # len() would make it a constant where it is traced
     probs = probs / (probs.sum(dim=-1, keepdim=True) + 1e-20)
     num_experts, num_sequences = layout.num_experts, probs.shape[0] // sequence_length
     ids = topk_ids.long().reshape(num_sequences, sequence_length * topk_ids.shape[1])
@@ -77,10 +79,10 @@ def mean_over_tokens(probs: Tensor) -> Tensor:
 
 
 def check_sequence_length(sequence_length: int, num_tokens: int) -> None:
-    """Raise ValueError unless so many tokens are whole sequences."""
+    """Raise ValueError unless the tokens are whole sequences of so many."""
     is_int = isinstance(sequence_length, (int, torch.SymInt)) and not isinstance(sequence_length, bool)
     if not is_int or sequence_length < 1 or num_tokens % sequence_length:
-        raise ValueError(f"sequence_length: expected a divisor of T = {num_tokens}, got {sequence_length!r}")
+        raise ValueError(f"sequence_length: expected an int that divides T = {num_tokens}, got {sequence_length!r}")
 
 
 def _check_probs(probs: Tensor, layout: ExpertLayout) -> None:

@@ -19,7 +19,8 @@ from triton_moe.layout import ExpertLayout
 from triton_moe.router import ROUTERS, GroupLimit, RouterOutput, expand_null_row, is_fused, route_tokens
 
 LOAD_BALANCE = ("batch", "sequence")
-"""What a load-balance loss is taken over: all tokens at once, or each sequence, averaged."""
+"""What a load-balance loss is taken over: all tokens at once (`load_balance_loss`), or each sequence by itself, with
+scores divided by their sum (`sequence_load_balance_loss`)."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class GroupLimit:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name}: expected an integer of 1 or more, got {value!r}")
 
     def check(self, num_experts: int, num_active_experts: int) -> None:
@@ -268,7 +269,8 @@ def route_tokens(
         weights_scale: factor of the weights, after they are normalised: a constant, for another one compiles the
             kernels anew.
         groups: limits each token's choice to its best groups of experts.
-        sequence_length: the load-balance loss is that of each so many tokens, averaged; None: of all tokens at once.
+        sequence_length: the load-balance loss is `sequence_load_balance_loss`, of sequences of so many tokens; None: it
+            is `load_balance_loss`, of all of them.
         backend: as in `moe_mlp`.
 
     Differentiable in x and weight. Among equal scores the kernel chooses the lowest id, PyTorch (more than 512 experts,

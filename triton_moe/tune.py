@@ -156,10 +156,19 @@ def best_of(
     return best, medians[best]
 
 
+def _beside(path: Path) -> Path:
+    """Where a table is written before it takes the place of the file, or of the one that a link names."""
+    path = path.resolve()
+    return path.with_name(f"{path.name}.new")
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """A table's rows, none if there is no such file. Raises ValueError if that is no table, or cannot be written."""
-    if not path.parent.is_dir():
-        raise ValueError(f"out: expected a file in a folder that exists, got {path}")
+    try:
+        _beside(path).touch()
+        _beside(path).unlink()
+    except OSError as error:
+        raise ValueError(f"out: expected a file that can be written, got {path}: {error.strerror}") from None
     if not path.exists():
         return []
     read_table(path)
@@ -186,6 +195,5 @@ def write_row(
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
     )
-    whole = path.with_name(f"{path.name}.new")
-    whole.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    whole.replace(path)
+    _beside(path).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    _beside(path).replace(path.resolve())
