@@ -1,10 +1,11 @@
 import math
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from triton_moe import BiasBalancing, Experts
+from triton_moe import BiasBalancing, Experts, MoEConfig, MoEMLP
 from triton_moe.layout import ExpertLayout
 from triton_moe.router import (
     ROUTERS,
@@ -203,6 +204,11 @@ def test_integers_of_numpy_are_integers():
     GroupLimit(numpy.int64(2), numpy.int64(1)).check(4, 2)  # type: ignore[arg-type]
     Experts(ExpertLayout((8, 8)), numpy.int64(16))  # type: ignore[arg-type]
     BiasBalancing(speed=numpy.float32(1e-3))  # type: ignore[arg-type]
+    names = ("num_active_experts", "hidden_size", "block_size", "shared_width")
+    numbers: dict[str, Any] = {name: numpy.int64(2) for name in names}
+    config = MoEConfig([(4, 8)], **numbers)
+    assert all(type(getattr(config, name)) is int for name in names)
+    assert MoEMLP(config)(torch.randn(5, 2))[0].shape == (5, 2)
 
 
 def test_a_null_row_too_many():

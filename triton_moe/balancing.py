@@ -61,8 +61,10 @@ class BiasBalancing:
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {value!r}")
+            object.__setattr__(self, name, float(value))
         if not isinstance(self.beta, Real) or not 0 <= float(self.beta) < 1:
             raise ValueError(f"beta: expected 0 <= beta < 1, got {self.beta!r}")
+        object.__setattr__(self, "beta", float(self.beta))
         if not isinstance(self.update_in_forward, bool):
             raise ValueError(f"update_in_forward: expected True or False, got {self.update_in_forward!r}")
 

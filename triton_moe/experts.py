@@ -19,9 +19,11 @@ _OPTIONS = {"backend": BACKENDS, "activation_memory": ACTIVATION_MEMORY, "recomp
 _OPERANDS = ("w1", "w2", "w3", "b1", "b2", "b3")
 
 
-def check_positive_int(value: object, argument: str) -> None:
+def positive_int(value: object, argument: str) -> int:
+    """The integer, NumPy's too, as Python's."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{argument}: expected an integer of 1 or more, got {value!r}")
+    return int(value)
 
 
 def check_choice(value: object, argument: str, choices: Sequence[object]) -> None:
@@ -65,7 +67,7 @@ class Experts(nn.Module):
         super().__init__()
         if not isinstance(layout, ExpertLayout):
             raise ValueError(f"layout: expected an ExpertLayout, got {layout!r}")
-        check_positive_int(hidden_size, "hidden_size")
+        hidden_size = positive_int(hidden_size, "hidden_size")
         check_choice(bias, "bias", (True, False))
         self._register_experts(layout, hidden_size, activation, bias, device, dtype, options)
         self.init_params()
@@ -143,8 +145,7 @@ class DenseMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int(hidden_size, "hidden_size")
-        check_positive_int(width, "width")
+        hidden_size, width = positive_int(hidden_size, "hidden_size"), positive_int(width, "width")
         self.activation = activation
         _register_weights(self, hidden_size, width, activation, device, dtype)
         self.init_params()

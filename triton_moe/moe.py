@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
 from triton_moe.balancing import BiasBalanced, BiasBalancing
-from triton_moe.experts import DenseMLP, Experts, check_choice, check_positive_int
+from triton_moe.experts import DenseMLP, Experts, check_choice, positive_int
 from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype, moe_layer
 from triton_moe.layout import ExpertLayout
 from triton_moe.router import ROUTERS, GroupLimit, RouterOutput, expand_null_row, is_fused, route_tokens
@@ -83,16 +83,15 @@ class MoEConfig:
         object.__setattr__(self, "expert_sizes", tuple((int(count), int(width)) for count, width in self.expert_sizes))
 
         if self.hidden_size is None and n_embd is not None:
-            check_positive_int(n_embd, "n_embd")
-            object.__setattr__(self, "hidden_size", n_embd)
-        check_positive_int(self.hidden_size, "hidden_size")
+            object.__setattr__(self, "hidden_size", positive_int(n_embd, "n_embd"))
+        counts = ("hidden_size", "num_active_experts", "block_size")
+        for name in counts if self.shared_width == 0 else (*counts, "shared_width"):
+            object.__setattr__(self, name, positive_int(getattr(self, name), name))
         if n_embd is not None and n_embd != self.hidden_size:
             raise ValueError(f"n_embd: expected hidden_size = {self.hidden_size} or nothing, got {n_embd!r}")
 
-        check_positive_int(self.num_active_experts, "num_active_experts")
         if self.num_active_experts > num_experts:
             raise ValueError(f"num_active_experts: expected at most E = {num_experts}, got {self.num_active_experts}")
-        check_positive_int(self.block_size, "block_size")
         is_gated(self.activation)
         check_choice(self.bias, "bias", (True, False))
         check_choice(self.router, "router", ROUTERS)
@@ -110,8 +109,6 @@ class MoEConfig:
         check_choice(self.shared_null_logit, "shared_null_logit", (True, False))
         if self.shared_null_logit and 0 not in self.layout.widths:
             raise ValueError("shared_null_logit: expected False without experts of width 0, got True")
-        if self.shared_width != 0:
-            check_positive_int(self.shared_width, "shared_width")
         check_choice(self.backend, "backend", BACKENDS)
         check_choice(self.activation_memory, "activation_memory", ACTIVATION_MEMORY)
         check_choice(self.recompute, "recompute", (True, False))

@@ -46,6 +46,7 @@ class GroupLimit:
             value = getattr(self, field.name)
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name}: expected an integer of 1 or more, got {value!r}")
+            object.__setattr__(self, field.name, int(value))  # of NumPy's too
 
     def check(self, num_experts: int, num_active_experts: int) -> None:
         """Raise ValueError unless so many experts can be chosen in these groups."""
