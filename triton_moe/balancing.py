@@ -114,7 +114,7 @@ class BiasBalanced(nn.Module):
                 self.get_buffer(name).zero_()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """With `assign=True` buffers come as they were saved, and those that were not saved stay on the meta device."""
+        """Then see to what `assign=True` takes as it was saved, in any dtype, or leaves on the meta device."""
         super()._load_from_state_dict(*args)
         if self.balancing is None:
             return

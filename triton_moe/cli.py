@@ -32,7 +32,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 _OTHER_BENCHMARKS = ("accuracy", "cold_start", "gradients", "soak", "stress", "validate_training")
 """What `bench` offers beside bench_*.py. All take `--quick`; a script that does not is a tool, and not offered."""
 PROMPT = b"def "
-DEVICE = "cuda if there is one"
+_DEFAULT_DEVICE = "cuda if there is one"
 _REPORT_EVERY = 10
 """Steps between two readings of the loss, each of which waits for the device."""
 _SHOWN_DIGITS = 12
@@ -187,7 +187,7 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/<date-time>")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or the newest one.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=DEVICE)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=_DEFAULT_DEVICE)] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     experts: Annotated[str | None, typer.Option(help="count x width, as in 4x256+2x64; width 0: null experts.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts a token.")] = None,
@@ -276,7 +276,7 @@ def sample(
         int | None, typer.Option(help="Draw among so many of the likeliest bytes.", show_default="all")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=DEVICE)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=_DEFAULT_DEVICE)] = None,
 ) -> None:
     """Write text with the model of a checkpoint that `train` saved."""
     console = Console()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,24 +9,12 @@ from torch import Tensor, nn
 
 from triton_moe import torch_backend
 from triton_moe.activations import is_gated
-from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, moe_mlp
+from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, check_choice, moe_mlp, positive_int
 from triton_moe.layout import ExpertLayout
 
 _OPTIONS = {"backend": BACKENDS, "activation_memory": ACTIVATION_MEMORY, "recompute": (True, False)}
 """Of `moe_mlp`, and their values."""
 _OPERANDS = ("w1", "w2", "w3", "b1", "b2", "b3")
-
-
-def positive_int(value: object, argument: str) -> int:
-    """The integer, NumPy's too, as Python's."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{argument}: expected an integer of 1 or more, got {value!r}")
-    return int(value)
-
-
-def check_choice(value: object, argument: str, choices: Sequence[object]) -> None:
-    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):  # 1 == True
-        raise ValueError(f"{argument}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 class Experts(nn.Module):

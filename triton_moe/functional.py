@@ -10,7 +10,8 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -40,6 +41,18 @@ def _fail(argument: str, expected: str, got: object) -> NoReturn:
 def _check_type(value: object, kind: type, argument: str, expected: str) -> None:
     if not isinstance(value, kind):
         _fail(argument, expected, type(value).__name__)
+
+
+def positive_int(value: object, argument: str) -> int:
+    """The integer, NumPy's too, as Python's."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        _fail(argument, "an integer of 1 or more", repr(value))
+    return int(value)
+
+
+def check_choice(value: object, argument: str, choices: Sequence[object]) -> None:
+    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):  # 1 == True
+        _fail(argument, f"one of {', '.join(map(str, choices))}", repr(value))
 
 
 def _check_device(tensor: Tensor, argument: str, device: torch.device) -> None:

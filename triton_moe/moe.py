@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from triton_moe.activations import is_gated
 from triton_moe.balancing import BiasBalanced, BiasBalancing
-from triton_moe.experts import DenseMLP, Experts, check_choice, positive_int
-from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, matmul_dtype, moe_layer
+from triton_moe.experts import DenseMLP, Experts
+from triton_moe.functional import ACTIVATION_MEMORY, BACKENDS, check_choice, matmul_dtype, moe_layer, positive_int
 from triton_moe.layout import ExpertLayout
 from triton_moe.router import ROUTERS, GroupLimit, RouterOutput, expand_null_row, is_fused, route_tokens
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_moe.functional import check_router_input, runs_kernels
+from triton_moe.functional import check_router_input, positive_int, runs_kernels
 from triton_moe.layout import ExpertLayout
 from triton_moe.losses import (
     check_sequence_length,
@@ -43,10 +42,7 @@ class GroupLimit:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field.name}: expected an integer of 1 or more, got {value!r}")
-            object.__setattr__(self, field.name, int(value))  # of NumPy's too
+            object.__setattr__(self, field.name, positive_int(getattr(self, field.name), field.name))
 
     def check(self, num_experts: int, num_active_experts: int) -> None:
         """Raise ValueError unless so many experts can be chosen in these groups."""
